@@ -1,0 +1,91 @@
+// The scalar rules of the project, written once for host and device. No Torch, no CUDA headers.
+//
+// Every product, sum and quotient is rounded exactly once: device code uses the _rn intrinsics (ptxas may not
+// contract them), host code must be built with -ffp-contract=off. Integer codes then agree bit for bit on every device.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define ZSQ_HD __host__ __device__ __forceinline__
+#else
+#define ZSQ_HD inline
+#endif
+
+namespace zsq {
+
+#ifdef __CUDA_ARCH__
+ZSQ_HD float mul(float a, float b) { return __fmul_rn(a, b); }
+ZSQ_HD float add(float a, float b) { return __fadd_rn(a, b); }
+ZSQ_HD float sub(float a, float b) { return __fsub_rn(a, b); }
+ZSQ_HD float quot(float a, float b) { return __fdiv_rn(a, b); }
+ZSQ_HD double mul(double a, double b) { return __dmul_rn(a, b); }
+ZSQ_HD double add(double a, double b) { return __dadd_rn(a, b); }
+ZSQ_HD double sub(double a, double b) { return __dsub_rn(a, b); }
+ZSQ_HD double quot(double a, double b) { return __ddiv_rn(a, b); }
+#else
+template <class T> ZSQ_HD T mul(T a, T b) { return a * b; }
+template <class T> ZSQ_HD T add(T a, T b) { return a + b; }
+template <class T> ZSQ_HD T sub(T a, T b) { return a - b; }
+template <class T> ZSQ_HD T quot(T a, T b) { return a / b; }
+#endif
+
+// Half to even in the default rounding mode, one instruction on every target.
+ZSQ_HD float round_even(float x) { return rintf(x); }
+ZSQ_HD double round_even(double x) { return rint(x); }
+
+// Asymmetric uniform grid of 2^bits codes over [lo, hi] (ZeroQ/GDFQ quantizer; specs: ait_family.md section 2):
+//   scale = (2^bits - 1) / max(hi - lo, 1e-8)          codes per unit
+//   zero_point = round(scale*lo) + 2^(bits-1)          integral, shifted to the signed code range
+template <class T> struct Grid { T scale, zero_point, code_min, code_max; };
+
+template <class T> ZSQ_HD Grid<T> make_grid(T lo, T hi, int bits) {
+  const T width = sub(hi, lo);
+  const T half = T(1 << (bits - 1));
+  // Written so that a NaN width stays NaN: a NaN in the row must not turn into plausible numbers.
+  const T scale = quot(T((1 << bits) - 1), width < T(1e-8) ? T(1e-8) : width);
+  return {scale, add(round_even(mul(scale, lo)), half), -half, half - 1};
+}
+
+// code = clamp(round(scale*x - zero_point)); NaN passes through both comparisons.
+template <class T> ZSQ_HD T encode(T x, const Grid<T>& g) {
+  const T q = round_even(sub(mul(g.scale, x), g.zero_point));
+  return q < g.code_min ? g.code_min : q > g.code_max ? g.code_max : q;
+}
+template <class T> ZSQ_HD T decode(T code, const Grid<T>& g) { return quot(add(code, g.zero_point), g.scale); }
+template <class T> ZSQ_HD T fake_quant(T x, const Grid<T>& g) { return decode(encode(x, g), g); }
+
+// Running range of an activation (decay = 0.9). `beta_t` is the decay's running product after this update.
+// reference: the bias-corrected value is fed back as the state (the published code); plain: an EMA with the usual correction.
+// The range is undefined before the first update (beta_before == 1).
+template <class T> ZSQ_HD T track(T state, T seen, T beta_before, T beta_t, T decay, T complement, bool plain) {
+  T kept = beta_before == T(1) ? T(0) : state;
+  if (plain) kept = mul(kept, sub(T(1), beta_before));
+  return quot(add(mul(decay, kept), mul(complement, seen)), sub(T(1), beta_t));
+}
+
+// Gradient inundation (AIT section 7.2): one bisection path over kappa, replayed from counts by CPU and CUDA alike.
+constexpr int kGiMaxDoublings = 30;   // kappa <= 2^30: a tensor that never reaches the threshold falls back to kappa = 1
+constexpr int kGiCappedDoublings = 7; // "capped" stops doubling at 128, the first power of two above 100
+constexpr int kGiMaxSearchSteps = 5;
+
+// share = count/numel as an fp32 quotient of two fp32 numbers, compared in fp32: what the published code computes.
+ZSQ_HD float gi_share(int64_t count, int64_t numel) { return quot(float(count), float(numel)); }
+ZSQ_HD bool gi_close(float share, double threshold) {
+  return fabsf(sub(share, float(threshold))) < float(threshold / 100.0);
+}
+
+struct GiOptions {
+  double lr, momentum, weight_decay, threshold;
+  int bits, search_steps;
+  bool nesterov, capped;
+};
+
+// Step direction without weight decay, used by the search: b = momentum*v + g; d = g + momentum*b (Nesterov) or b.
+ZSQ_HD float gi_direction(float grad, float velocity, float momentum, bool nesterov) {
+  const float b = add(mul(momentum, velocity), grad);
+  return nesterov ? add(grad, mul(momentum, b)) : b;
+}
+ZSQ_HD float gi_moved(float weight, float step, float direction) { return sub(weight, mul(step, direction)); }
+
+}  // namespace zsq
