@@ -1,0 +1,49 @@
+"""PEP 517 backend: setuptools, plus the build tools that the native module needs in this environment.
+
+torch is never requested: a frontend would then download some torch into the build environment and the kernels would be
+compiled against that one instead of the user's.
+"""
+
+from __future__ import annotations
+
+import zsq_probe
+from setuptools import build_meta
+from setuptools.build_meta import (  # noqa: F401
+    build_sdist,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
+
+
+def nvcc_wheels(torch: zsq_probe.Torch) -> list[str]:
+    """NVIDIA's compiler as wheels, for a CUDA torch on a machine without nvcc. They exist from CUDA 13 on."""
+    if torch.cuda_major < 13 or zsq_probe.find_nvcc(torch)[1] != "nvcc not found":
+        return []
+    release = ".".join(torch.cuda.split(".")[:2])
+    return [f"nvidia-{part}=={release}.*" for part in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl")]
+
+
+def _tools() -> list[str]:
+    """Requirements of the native build; none where it cannot run, so that those machines need no download."""
+    torch, _ = zsq_probe.find_torch()
+    if not torch or not zsq_probe.find_compiler()[0]:
+        return []
+    tools = [] if zsq_probe.usable_cmake() else ["cmake>=3.22"]
+    return tools + ([] if zsq_probe.find_tool("ninja") else ["ninja"])
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return build_meta.get_requires_for_build_wheel(config_settings) + _tools()
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return build_meta.get_requires_for_build_editable(config_settings) + _tools()
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
