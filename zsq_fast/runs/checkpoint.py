@@ -43,7 +43,8 @@ def write(root: Path, step: int, groups: Mapping[str, Mapping[str, torch.Tensor]
     target = root / directory_name(step)
     temporary = root / f"{storage.TMP}{target.name}-{os.getpid()}"
     with storage.writing(root):
-        root.mkdir(exist_ok=True)
+        if not root.is_dir():
+            root.mkdir()
         storage.check_space(root, sum(t.nbytes for tensors in groups.values() for t in tensors.values()))
         try:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -61,25 +61,24 @@ class MetricsFile:
 
         The file is in time order: everything behind the first later (or damaged) record goes.
         """
-        kept: list[bytes] = []
+        keep = 0
         for line in self._lines() if step is not None else ():
             try:
                 if storage.from_json(line, self.path).get("step", -1) > step:
                     break
             except (BadFileError, TypeError):
                 break
-            kept.append(line)
-        self.close()
-        data = b"".join(kept)
-        if self.path.exists() and data != self.path.read_bytes():
-            storage.replace_file(self.path, data)
+            keep += len(line)
+        self._truncate(keep)
 
     def trim(self) -> None:
         """Removes a last line torn by a kill: the next record must begin on its own line."""
-        if self.path.exists():
-            whole = sum(map(len, self._lines()))
-            if whole != self.path.stat().st_size:
-                os.truncate(self.path, whole)
+        self._truncate(sum(map(len, self._lines())))
+
+    def _truncate(self, size: int) -> None:
+        if self.path.exists() and self.path.stat().st_size != size:
+            with storage.writing(self.path):
+                os.truncate(self.path, size)  # needs no space, unlike a rewritten copy
 
     def _lines(self) -> list[bytes]:
         try:
