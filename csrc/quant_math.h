@@ -57,11 +57,11 @@ template <class T> ZSQ_HD T fake_quant(T x, const Grid<T>& g) { return decode(en
 
 // Running range of an activation (decay = 0.9). `beta_t` is the decay's running product after this update.
 // reference: the bias-corrected value is fed back as the state (the published code); plain: an EMA with the usual correction.
-// The range is undefined before the first update (beta_before == 1).
-template <class T> ZSQ_HD T track(T state, T seen, T beta_before, T beta_t, T decay, T complement, bool plain) {
+// The range is undefined before the first update (beta_before == 1). 1 - decay is rounded in T, as in the published code.
+template <class T> ZSQ_HD T track(T state, T seen, T beta_before, T beta_t, T decay, bool plain) {
   T kept = beta_before == T(1) ? T(0) : state;
   if (plain) kept = mul(kept, sub(T(1), beta_before));
-  return quot(add(mul(decay, kept), mul(complement, seen)), sub(T(1), beta_t));
+  return quot(add(mul(decay, kept), mul(sub(T(1), decay), seen)), sub(T(1), beta_t));
 }
 
 // Gradient inundation (AIT section 7.2): one bisection path over kappa, replayed from counts by CPU and CUDA alike.

@@ -57,12 +57,13 @@ def fake_quant_act_running(
     x: Tensor, lo: Tensor, hi: Tensor, beta_t: Tensor, bits: int, decay: float, plain: bool
 ) -> Tensor:
     first, one_minus_before = beta_t == 1, 1 - beta_t
-    beta_t.mul_(decay)
+    beta = torch.full_like(beta_t, decay)  # the published code keeps it in a tensor: 1 - beta is rounded in that dtype
+    beta_t.mul_(beta)
     for state, seen in ((lo, x.amin()), (hi, x.amax())):
         kept = torch.where(first, torch.zeros_like(state), state)
         if plain:
             kept = kept * one_minus_before
-        state.copy_((decay * kept + (1 - decay) * seen) / (1 - beta_t))
+        state.copy_((beta * kept + (1 - beta) * seen) / (1 - beta_t))
     return fake_quant_act(x, lo, hi, bits)
 
 

@@ -65,10 +65,10 @@ Tensor fake_quant_act_running(const Tensor& x_in, Tensor& lo, Tensor& hi, Tensor
     T seen_lo, seen_hi;
     k.min_max(x.const_data_ptr<T>(), x.numel(), &seen_lo, &seen_hi, threads());
     T &state_lo = *lo.mutable_data_ptr<T>(), &state_hi = *hi.mutable_data_ptr<T>(), &beta = *beta_t.mutable_data_ptr<T>();
-    const T before = beta, d = T(decay), complement = T(1.0 - decay);
+    const T before = beta, d = T(decay);
     beta = mul(before, d);
-    state_lo = track(state_lo, seen_lo, before, beta, d, complement, plain);
-    state_hi = track(state_hi, seen_hi, before, beta, d, complement, plain);
+    state_lo = track(state_lo, seen_lo, before, beta, d, plain);
+    state_hi = track(state_hi, seen_hi, before, beta, d, plain);
     k.fake_quant_act(x.const_data_ptr<T>(), state_lo, state_hi, out.mutable_data_ptr<T>(), x.numel(), int(bits), threads());
   });
   return out;

@@ -1,0 +1,121 @@
+"""Drop-in layers that compute with fake-quantized weights and activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zsq_fast import ops
+from zsq_fast.errors import UsageError
+
+
+def check_bits(name: str, bits: int) -> int:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise UsageError(f"{name} must be an integer from 2 to 8, got {bits!r}")
+    return bits
+
+
+class QuantConv2d(nn.Conv2d):
+    """`nn.Conv2d` whose weight is fake-quantized per output channel in every forward; the bias stays float.
+
+    Takes `nn.Conv2d`'s arguments and `weight_bits`; parameters and `state_dict` keys are those of `nn.Conv2d`.
+    """
+
+    def __init__(self, *args: Any, weight_bits: int = 4, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.weight_bits = check_bits("weight_bits", weight_bits)
+
+    @classmethod
+    def from_float(cls, conv: nn.Conv2d, weight_bits: int = 4) -> QuantConv2d:
+        """A quantized copy of a float layer; the layer itself is not touched."""
+        new = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
+            conv.bias is not None, conv.padding_mode, device="meta", weight_bits=weight_bits,
+        )  # fmt: skip
+        return _adopt(new, conv)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, ops.fake_quant_weight(self.weight, self.weight_bits), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
+
+
+class QuantLinear(nn.Linear):
+    """`nn.Linear` whose weight is fake-quantized per output feature in every forward; the bias stays float."""
+
+    def __init__(self, *args: Any, weight_bits: int = 4, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.weight_bits = check_bits("weight_bits", weight_bits)
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, weight_bits: int = 4) -> QuantLinear:
+        """A quantized copy of a float layer; the layer itself is not touched."""
+        new = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta", weight_bits=weight_bits)
+        return _adopt(new, linear)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, ops.fake_quant_weight(self.weight, self.weight_bits), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
+
+
+def _adopt(new: Any, old: nn.Module) -> Any:
+    """Give a layer built on the meta device copies of the float layer's tensors, strides and flags included."""
+    for name, tensor in old.named_parameters(recurse=False):
+        copy = tensor.detach().clone(memory_format=torch.preserve_format)
+        setattr(new, name, nn.Parameter(copy, requires_grad=tensor.requires_grad))
+    return new.train(old.training)
+
+
+class QuantAct(nn.Module):
+    """Per-tensor activation fake quantization with a running range.
+
+    While in training mode and not frozen, each forward first updates the range with the batch's minimum and maximum
+    (decay 0.9); in eval mode, or after `freeze()`, the range is used as it stands. A quantizer that has seen nothing yet
+    has the range NaN and returns NaN.
+
+    Args:
+        bits: 2 to 8.
+        ema: "reference" repeats the published code, which feeds the bias-corrected value back into the average and needs
+            about 175 updates to settle; "plain" is an ordinary bias-corrected moving average.
+
+    Buffers `lo`, `hi` and `beta_t` `[]` are updated in place.
+    """
+
+    decay = 0.9
+    lo: Tensor
+    hi: Tensor
+    beta_t: Tensor
+
+    def __init__(self, bits: int = 4, ema: str = "reference"):
+        super().__init__()
+        self.bits = check_bits("act_bits", bits)
+        if ema not in ("reference", "plain"):
+            raise UsageError(f"QuantAct: ema must be 'reference' or 'plain', got {ema!r}")
+        self.ema = ema
+        self.frozen = False
+        self.register_buffer("lo", torch.tensor(float("nan")))
+        self.register_buffer("hi", torch.tensor(float("nan")))
+        self.register_buffer("beta_t", torch.tensor(1.0))
+
+    def freeze(self) -> QuantAct:
+        """Keep the range as it is from now on."""
+        self.frozen = True
+        return self
+
+    def unfreeze(self) -> QuantAct:
+        self.frozen = False
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not self.frozen:
+            return ops.fake_quant_act_running(x, self.lo, self.hi, self.beta_t, self.bits, self.decay, self.ema == "plain")
+        return ops.fake_quant_act(x, self.lo, self.hi, self.bits)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, ema={self.ema!r}"
