@@ -192,6 +192,7 @@ def build(output: Path) -> dict:
     }
     _build_all(plan, output, info)
     info["reasons"] = {d: r for d, r in info["reasons"].items() if not info["kernels"][d]}
+    info["steps"] = {d: step for d, r in info["reasons"].items() if (step := zsq_probe.next_step(r))}
     output.mkdir(parents=True, exist_ok=True)
     (output / INFO_NAME).write_text(json.dumps(info, indent=1) + "\n")
     if not info["kernels"]["cpu"]:
@@ -201,3 +202,7 @@ def build(output: Path) -> dict:
     if missing := [d for d in required if not info["kernels"][d]]:
         raise SystemExit("ZSQ_REQUIRE_KERNELS: " + "; ".join(f"no {d} kernels: {info['reasons'][d]}" for d in missing))
     return info
+
+
+if __name__ == "__main__":  # `python build_backend/zsq_native.py`: in place, without pip, for working on the kernels
+    build(ROOT / "zsq_fast")

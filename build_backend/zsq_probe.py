@@ -1,7 +1,7 @@
 """What the machine offers to a build: the torch of the target environment, a C++ compiler, nvcc, CUDA architectures.
 
-Nothing here imports torch and nothing raises: what is missing comes back as a reason in plain words. pip's build isolation
-hides the target environment, so torch is looked for by asking interpreters, not by importing.
+Nothing here imports torch and nothing raises: what is missing comes back as a reason in plain words. pip's build
+isolation hides the target environment, so torch is looked for by asking interpreters, not by importing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DEFAULT_ARCHES = ("75", "80", "86", "89", "90", "100", "120")
+
+# A reason contains the words on the left; the user's next step stands on the right. Without one, building again will do.
+_STEPS = (
+    ("no torch in the target", "install torch"),
+    ("no C++ compiler", "install a C++ compiler (Debian, Ubuntu: apt-get install g++)"),
+    ("Python.h not found", "install the Python headers (Debian, Ubuntu: apt-get install python3-dev)"),
+    ("cmake 3.22", "pip install cmake"),
+    ("is a CPU build", "install a CUDA build of torch"),
+    ("ZSQ_CUDA=0", "unset ZSQ_CUDA"),
+    ("compiles for none", "unset TORCH_CUDA_ARCH_LIST or use a newer nvcc"),
+    ("nvcc not found", "install the CUDA toolkit of torch's major version and set CUDA_HOME"),
+    ("torch needs", "install the CUDA toolkit of torch's major version and set CUDA_HOME"),
+)
+
+
+def next_step(reason: str) -> str | None:
+    """What the user has to do before building again, if the reason is one that a new build alone does not cure."""
+    return next((step for words, step in _STEPS if words in reason), None)
+
 
 # Runs inside a candidate interpreter. torch/version.py is executed alone: importing torch takes seconds and may fail.
 _ASK = """
