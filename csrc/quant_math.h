@@ -43,7 +43,8 @@ template <class T> ZSQ_HD Grid<T> make_grid(T lo, T hi, int bits) {
   const T width = sub(hi, lo);
   const T half = T(1 << (bits - 1));
   // Written so that a NaN width stays NaN: a NaN in the row must not turn into plausible numbers.
-  const T scale = quot(T((1 << bits) - 1), width < T(1e-8) ? T(1e-8) : width);
+  // Reciprocal times number, two roundings: what PyTorch computes for `number / tensor`, hence what the golden vectors hold.
+  const T scale = mul(quot(T(1), width < T(1e-8) ? T(1e-8) : width), T((1 << bits) - 1));
   return {scale, add(round_even(mul(scale, lo)), half), -half, half - 1};
 }
 

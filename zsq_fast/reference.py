@@ -16,7 +16,8 @@ CAPPED_DOUBLINGS = 7
 
 def _grid(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale (codes per unit) and integral zero point of the asymmetric grid over [lo, hi] (ZeroQ/GDFQ quantizer)."""
-    scale = (2**bits - 1) / torch.clamp(hi - lo, min=1e-8)
+    # Two roundings, as recorded from the published code: `number / tensor` is reciprocal times number in PyTorch.
+    scale = torch.clamp(hi - lo, min=1e-8).reciprocal() * (2**bits - 1)
     return scale, torch.round(scale * lo) + 2 ** (bits - 1)
 
 
