@@ -41,7 +41,7 @@ def jobs() -> int:
 def work_dir(plan: zsq_probe.Plan) -> Path:
     """One directory per torch, Python and nvcc: a second build is quick, builds against two torches never mix."""
     torch = plan.torch
-    key = repr((torch.version, torch.python, sysconfig.get_config_var("EXT_SUFFIX"), plan.nvcc, plan.arches))
+    key = repr((torch.version, torch.root, sysconfig.get_config_var("EXT_SUFFIX"), plan.nvcc, plan.arches))
     return ROOT / "build" / f"native-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
 
 
@@ -158,7 +158,7 @@ def _build_all(plan: zsq_probe.Plan, output: Path, info: dict) -> None:
             os.replace(output / f".{module.name}.new", output / module.name)
             info["kernels"].update(cpu=True, cuda=cuda)
             info["compiler"] = _compiler_name(module.parent)
-            info["arches"] = list(plan.arches) if cuda else []
+            info["arches"] = [zsq_probe.arch_name(a) for a in plan.arches] if cuda else []
             return
 
 

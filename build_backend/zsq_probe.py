@@ -19,7 +19,7 @@ from pathlib import Path
 
 DEFAULT_ARCHES = ("75", "80", "86", "89", "90", "100", "120")
 
-# A reason contains the words on the left; the user's next step stands on the right. Without one, building again will do.
+# A reason contains the words on the left; the user's next step stands on the right. Without one, build again.
 _STEPS = (
     ("no torch in the target", "install torch"),
     ("no C++ compiler", "install a C++ compiler (Debian, Ubuntu: apt-get install g++)"),
@@ -63,6 +63,7 @@ class Torch:
     """The torch to build against, seen from the outside."""
 
     python: str
+    root: str  # directory of the torch package
     version: str
     cuda: str | None  # "13.2", or None for a CPU build
     python_include: str
@@ -139,7 +140,7 @@ def find_torch() -> tuple[Torch | None, str]:
         if found["ext_suffix"] != sysconfig.get_config_var("EXT_SUFFIX"):
             notes.append(f"{python} has torch, but is another Python than the {sys.version.split()[0]} of this build")
             continue
-        return Torch(python, found["torch"], found["cuda"], found["include"]), ""
+        return Torch(python, found["root"], found["torch"], found["cuda"], found["include"]), ""
     return None, "; ".join(["no torch in the target environment when this was built", *notes])
 
 
@@ -201,6 +202,8 @@ def find_nvcc(torch: Torch) -> tuple[Nvcc | None, str]:
         return None, "switched off by ZSQ_CUDA=0"
     if not torch.cuda:
         return None, f"torch {torch.version} is a CPU build"
+    if os.environ.get("ZSQ_NVCC") == "none":
+        return None, "nvcc not found: ZSQ_NVCC=none says not to look"
     notes = []
     for path in _nvcc_candidates():
         nvcc = _inspect_nvcc(path)
@@ -238,6 +241,12 @@ def choose_arches(nvcc: Nvcc) -> tuple[tuple[str, ...], str]:
     return tuple(dict.fromkeys(usable)), reason
 
 
+def arch_name(cmake_entry: str) -> str:
+    """What people call it: "90-real" is sm_90, "90" sm_90+PTX, "90-virtual" PTX of sm_90."""
+    number, _, kind = cmake_entry.partition("-")
+    return {"real": f"sm_{number}", "": f"sm_{number}+PTX", "virtual": f"PTX of sm_{number}"}[kind]
+
+
 def make_plan() -> Plan:
     """What this machine can build, without building anything."""
     plan = Plan()
@@ -263,3 +272,7 @@ def required_kernels() -> list[str]:
     if unknown := sorted(set(names) - {"cpu", "cuda"}):
         raise SystemExit(f"ZSQ_REQUIRE_KERNELS: unknown device {', '.join(unknown)}; write cpu, cuda or cpu,cuda")
     return names
+
+
+if __name__ == "__main__":  # the devices for which this interpreter's torch, the compiler and nvcc suffice
+    print(",".join(d for d in ("cpu", "cuda") if d not in make_plan().reasons))

@@ -1,0 +1,65 @@
+# make demo | make test: on a fresh machine with python3 and a C++ compiler (nvcc for the CUDA kernels). Everything lands in $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch torchvision
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(shell find csrc zsq_fast build_backend -type f -not -name '*.pyc' -not -name '*.so' -not -name '_build_info.json') \
+           pyproject.toml setup.py CMakeLists.txt
+CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
+# A missing kernel fails the tests; CUDA kernels are expected where nvcc fits the installed torch.
+EXPECTED = cpu$(if $(findstring cuda,$(shell $(BIN)/python build_backend/zsq_probe.py)),$(comma)cuda)
+comma := ,
+
+.PHONY: demo test lint bench gpu-check env clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/zsq-fast demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed
+	ZSQ_REQUIRE_KERNELS=$(EXPECTED) $(BIN)/pytest $(TEST_ARGS)
+
+env: $(VENV)/.installed
+	$(BIN)/zsq-fast env
+
+# torch comes first and stays: `pip install .` finds it and builds the kernels against it.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(PIP) install --quiet '.[demo,test]'
+	$(BIN)/zsq-fast env
+	touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.installed
+	$(PIP) install --quiet '.[dev]'
+	touch $@
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/mypy
+
+# The working directory goes last on sys.path: `benchmarks` is found there, zsq_fast where it is installed.
+bench: $(VENV)/.installed
+	$(BIN)/python -c "import runpy, sys; sys.path.append(sys.path.pop(0)); runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)" $(BENCH_ARGS)
+
+# Needs a GPU with its driver, nvcc, cmake, and a $(PYTHON) that has a CUDA torch, setuptools 77, numpy, safetensors, rich, filelock and
+# pytest; no network. Builds for that GPU into .gpu/site and runs the tests from there, so that this tree does not shadow the build.
+gpu-check:
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'no GPU visible to torch'; print(torch.__version__, torch.cuda.get_device_name())"
+	rm -rf .gpu/site
+	ZSQ_REQUIRE_KERNELS=cpu,cuda $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --target .gpu/site .
+	cd .gpu/site && ZSQ_REQUIRE_KERNELS=cpu,cuda PYTHONPATH=$(CURDIR)/.gpu/site \
+	  $(PYTHON) -m pytest -c $(CURDIR)/pyproject.toml -m 'not install' $(TEST_ARGS) $(CURDIR)/tests
+
+clean:
+	rm -rf build dist .gpu zsq_fast.egg-info zsq_fast/_C.*.so zsq_fast/_build_info.json .pytest_cache .mypy_cache .ruff_cache .hypothesis

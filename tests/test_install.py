@@ -1,0 +1,265 @@
+"""The promise of the installation: it never fails because of kernels and builds them against the user's torch.
+
+The fast half asks the probe about made-up machines. The half marked `install` runs pip: a fresh virtual environment
+that sees this one's packages through a .pth file stands for the user's environment: torch is not downloaded again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "build_backend"))
+import zsq_native  # noqa: E402
+import zsq_probe  # noqa: E402
+
+from zsq_fast import _build  # noqa: E402
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def fake_nvcc(path: Path, release: str) -> str:
+    return script(
+        path,
+        f"""case "$1" in
+--version) echo "Cuda compilation tools, release {release}, V{release}.1";;
+--dryrun) echo '#$ TOP={path.parent}' >&2;;
+--list-gpu-arch) printf 'compute_75\\ncompute_80\\ncompute_90\\ncompute_100\\n';;
+esac""",
+    )
+
+
+def cuda_torch(release: str = "13.2") -> zsq_probe.Torch:
+    return zsq_probe.Torch(sys.executable, "/torch", f"2.99.0+cu{release.replace('.', '')}", release, "/include")
+
+
+NVCC = zsq_probe.Nvcc("/nvcc", "/", "13.0", ("75", "80", "90", "100"))
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch):
+    for name in ("TORCH_PYTHON", "NVCC", "CUDA", "REQUIRE_KERNELS"):
+        monkeypatch.delenv(f"ZSQ_{name}", raising=False)
+    for name in ("TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    zsq_probe.find_torch.cache_clear()
+    yield
+    zsq_probe.find_torch.cache_clear()
+
+
+def test_torch_is_found_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZSQ_TORCH_PYTHON", sys.executable)
+    found, why = zsq_probe.find_torch()
+    assert (found.version, found.cuda, why) == (torch.__version__, torch.version.cuda, "")
+    assert Path(found.root) == Path(torch.__file__).parent
+    assert "import torch" not in zsq_probe._ASK
+
+
+def test_torch_of_another_python_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = json.dumps({"ext_suffix": ".cpython-39.so", "include": "/i", "torch": "2.9", "cuda": None, "root": "/t"})
+    monkeypatch.setenv("ZSQ_TORCH_PYTHON", script(tmp_path / "python", f"echo '{answer}'"))
+    found, why = zsq_probe.find_torch()
+    assert found is None and "another Python" in why
+
+
+def test_broken_interpreter_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZSQ_TORCH_PYTHON", "/nonexistent/python")
+    plan = zsq_probe.make_plan()
+    assert "/nonexistent/python does not run" in plan.reasons["cpu"] and plan.reasons["cuda"]
+
+
+def test_environments_are_asked_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("venv", "conda", ".venv"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        script(tmp_path / name / "bin" / "python", "exit 1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / "venv"))
+    monkeypatch.setenv("CONDA_PREFIX", str(tmp_path / "conda"))
+    asked = zsq_probe.interpreters()
+    assert asked[0] == sys.executable
+    assert [Path(p).parts[-3] for p in asked if p.startswith(str(tmp_path))] == ["venv", "conda", ".venv"]
+
+
+def test_nvcc_must_be_of_torchs_major_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZSQ_NVCC", fake_nvcc(tmp_path / "nvcc", "13.0"))
+    found, _ = zsq_probe.find_nvcc(cuda_torch("13.2"))
+    assert (found.release, found.root, found.arches) == ("13.0", str(tmp_path.resolve()), ("75", "80", "90", "100"))
+    found, why = zsq_probe.find_nvcc(cuda_torch("12.8"))
+    assert found is None and "is CUDA 13.0, torch needs 12.x" in why
+
+
+def test_nvcc_reports_its_root_through_a_wrapper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "toolkit").mkdir()
+    real = fake_nvcc(tmp_path / "toolkit" / "nvcc", "13.0")
+    monkeypatch.setenv("ZSQ_NVCC", script(tmp_path / "nvcc", f'exec {real} "$@"'))
+    assert zsq_probe.find_nvcc(cuda_torch())[0].root == str((tmp_path / "toolkit").resolve())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "expected"),
+    [
+        ("", [], ("75-real", "80-real", "90-real", "100")),
+        ("", ["90"], ("90",)),
+        ("", ["130"], ("100-virtual",)),
+        ("8.0;9.0+PTX", ["75"], ("80-real", "90")),
+        ("8.0 13.0", [], ("80-real", "100-virtual")),
+        ("9.0a", [], ("90a-real",)),
+        ("5.0", [], ()),
+    ],
+)
+def test_architectures(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, gpus: list[str], expected: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+    monkeypatch.setattr(zsq_probe, "visible_gpu_arches", lambda: gpus)
+    arches, why = zsq_probe.choose_arches(NVCC)
+    assert arches == expected
+    assert bool(why) == (not expected)
+
+
+def test_unknown_required_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZSQ_REQUIRE_KERNELS", "cpu, rocm")
+    with pytest.raises(SystemExit, match="rocm"):
+        zsq_probe.required_kernels()
+
+
+def test_first_error_is_the_line_a_person_looks_for() -> None:
+    log = "[1/2] Building\n$ c++ error: not this\nx.cpp:3:1: error: expected ';'\nx.cpp:9:1: error: second\nstopped"
+    assert zsq_native._first_error(log) == "build failed: x.cpp:3:1: error: expected ';'"
+    cmake = "-- ok\nCMake Error at CMakeLists.txt:3:\n  No compiler.\n\n"
+    assert zsq_native._first_error(cmake) == "build failed: CMake Error at CMakeLists.txt:3: No compiler."
+    assert zsq_native._first_error("") == "build failed: no output"
+
+
+def test_build_for_another_torch_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = {"torch": "1.0.0", "kernels": {"cpu": True, "cuda": True}, "reasons": {}, "steps": {}, "source": str(ROOT)}
+    (tmp_path / "info.json").write_text(json.dumps(info))
+    monkeypatch.setattr(_build, "_INFO", tmp_path / "info.json")
+    _build.build_info.cache_clear()
+    _build._load.cache_clear()
+    try:
+        assert not _build.load_native()
+        for status in _build.kernel_status().values():
+            assert not status["built"] and "1.0.0" in status["reason"] and torch.__version__ in status["reason"]
+            assert status["fix"] == f"pip install --no-deps --force-reinstall {ROOT}"
+    finally:
+        _build.build_info.cache_clear()
+        _build._load.cache_clear()
+
+
+def weak_functions(folder: Path) -> set[str]:
+    """Functions of the objects in a CMake object library that the linker may merge with others of the same name."""
+    objects = sorted(folder.rglob("*.o"))
+    assert objects, folder
+    done = subprocess.run(["nm", "-C", "--defined-only", *objects], capture_output=True, text=True, check=True)
+    fields = [line.split(None, 2) for line in done.stdout.splitlines()]
+    return {f[2] for f in fields if len(f) == 3 and f[1] in "WVu"}
+
+
+def test_objects_of_an_instruction_set_leak_no_shared_functions() -> None:
+    """The linker keeps the first copy of a shared function: an AVX-512 one would crash machines without it."""
+    folders = [f for f in ROOT.glob("build/native-*/*/CMakeFiles/kernels_avx*.dir") if any(f.rglob("*.o"))]
+    if not folders or not shutil.which("nm"):
+        pytest.skip("no kernel objects in build/, or no nm")
+    for folder in folders:
+        isa = folder.stem.removeprefix("kernels_")
+        portable = weak_functions(folder.with_name("kernels_portable.dir"))  # comes first on the linker's command line
+        leaks = {f for f in weak_functions(folder) - portable if f"zsq::cpu::{isa}::" not in f}
+        assert not leaks, f"{folder}: {sorted(leaks)[:3]}"
+
+
+# --- real installations -----------------------------------------------------------------------------------------------
+
+SAMPLE = """
+import warnings; warnings.simplefilter("ignore")
+import torch, zsq_fast
+torch.manual_seed(0)
+layer = zsq_fast.QuantConv2d(3, 4, 3, weight_bits=4)
+layer(torch.randn(2, 3, 8, 8)).square().sum().backward()
+assert layer.weight.grad.abs().sum() > 0
+print(zsq_fast.__file__)
+"""
+
+
+def run(command: list[str], cwd: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    hidden = ("ZSQ_", "PYTHON", "VIRTUAL_ENV", "CONDA_", "CUDA", "CXX", "TORCH_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(hidden)} | settings
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+
+
+def venv(path: Path, donor: bool) -> str:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", path], check=True)
+    if donor:
+        site = Path(sysconfig.get_path("purelib", scheme="venv", vars={"base": str(path), "platbase": str(path)}))
+        # Inserted last, so that what is installed into the new environment comes first.
+        (site / "donor.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    return str(path / "bin" / "python")
+
+
+def pip(python: str, cwd: Path, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, "-m", "pip", "--python", python, *words, "--no-deps", "-v"], cwd, **settings)
+
+
+def check_works(python: str, tmp_path: Path) -> dict:
+    """Import, forward and backward in the environment, and what `zsq-fast env --json` says there."""
+    done = run([python, "-c", SAMPLE], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path), "another copy of zsq_fast was tested"
+    done = run([str(Path(python).with_name("zsq-fast")), "env", "--json"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["kernels"]
+
+
+@pytest.mark.install
+def test_install_without_compiler(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    python = venv(tmp_path / "env", donor=True)
+    done = pip(python, tmp_path, "install", "--ignore-installed", str(ROOT), PATH=str(tmp_path / "empty"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "zsq_fast kernels: cpu no (no C++ compiler found" in done.stdout + done.stderr
+    kernels = check_works(python, tmp_path)
+    assert not kernels["cpu"]["built"] and "no C++ compiler" in kernels["cpu"]["reason"]
+    assert "apt-get install g++, then: pip install" in kernels["cpu"]["fix"].replace(")", "")
+
+    done = pip(python, tmp_path, "install", "-I", str(ROOT), PATH=str(tmp_path / "empty"), ZSQ_REQUIRE_KERNELS="cpu")
+    assert done.returncode != 0
+    assert "ZSQ_REQUIRE_KERNELS: no cpu kernels: no C++ compiler" in done.stdout + done.stderr
+
+
+@pytest.mark.install
+def test_install_without_nvcc(tmp_path: Path) -> None:
+    python = venv(tmp_path / "env", donor=True)
+    done = pip(python, tmp_path, "install", "--ignore-installed", str(ROOT), ZSQ_NVCC="none", ZSQ_REQUIRE_KERNELS="cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels = check_works(python, tmp_path)
+    assert kernels["cpu"]["built"] and not kernels["cuda"]["built"]
+    assert ("nvcc not found" if torch.version.cuda else "is a CPU build") in kernels["cuda"]["reason"]
+    assert "pip install" in kernels["cuda"]["fix"]
+
+
+@pytest.mark.install
+def test_wheel_built_without_torch(tmp_path: Path) -> None:
+    """Frontends that build elsewhere (`python -m build`) see no torch: the wheel works and says so."""
+    python = venv(tmp_path / "bare", donor=False)
+    done = pip(python, tmp_path, "wheel", str(ROOT), "-w", str(tmp_path), ZSQ_TORCH_PYTHON=python)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("zsq_fast-*.whl")
+    target = venv(tmp_path / "env", donor=True)
+    done = pip(target, tmp_path, "install", "--ignore-installed", str(wheel))
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels = check_works(target, tmp_path)
+    assert not kernels["cpu"]["built"] and "no torch in the target environment" in kernels["cpu"]["reason"]
