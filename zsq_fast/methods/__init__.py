@@ -1,0 +1,81 @@
+"""Methods: recipes, the trainer, and one call that does it all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import Any
+
+from torch import nn
+
+from zsq_fast.errors import UsageError
+from zsq_fast.methods.recipe import Recipe, available_recipes, load_recipe
+from zsq_fast.methods.trainer import Result, Trainer
+from zsq_fast.nn import convert
+from zsq_fast.runs import Progress, RunDir
+
+__all__ = ["Recipe", "Result", "Trainer", "available_recipes", "load_recipe", "quantize", "student_like"]
+
+
+def quantize(
+    teacher: nn.Module,
+    recipe: str | Recipe = "ait",
+    *,
+    weight_bits: int | None = None,
+    act_bits: int | None = None,
+    input_size: Sequence[int] | None = None,
+    seed: int = 0,
+    schedule: str = "paper",
+    overrides: Sequence[str] = (),
+    run_dir: str | PathLike[str] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    progress: bool = True,
+    channels_last: bool | None = None,
+    force: bool = False,
+) -> nn.Module:
+    """Quantize a trained network without its data.
+
+    Args:
+        teacher: float network with BatchNorm2d layers, on the device to train on; it is not changed.
+        recipe: built-in name ("ait", "gdfq", "kl_only", "rtn"), a .toml file, or a resolved `Recipe`.
+        weight_bits, act_bits: 2 to 8; None keeps the recipe's.
+        input_size: `(C, H, W)` of the network's input; asked for, never guessed.
+        seed: every draw of the run follows from it.
+        schedule: "paper" (80,000 iterations) or "short"; `overrides` such as `["schedule.epochs=20"]` change any number.
+        run_dir: new directory for recipe, metrics, checkpoints and the final student.
+        evaluate: returns top-1 in percent on real data; printed, never used to choose anything.
+
+    Returns:
+        The quantized student in eval mode; `zsq_fast.nn.summarize(student)` tells what was quantized.
+
+    Raises:
+        UsageError, UnsupportedModelError, TrainingError, StorageError, Interrupted: see `zsq_fast.errors`.
+    """
+    if input_size is None:
+        raise UsageError("input_size is needed, for example input_size=(3, 224, 224)")
+    if isinstance(recipe, str):
+        recipe = load_recipe(
+            recipe, input_size=input_size, schedule=schedule, overrides=overrides, weight_bits=weight_bits, act_bits=act_bits
+        )
+    elif overrides or weight_bits or act_bits:
+        raise UsageError("a resolved Recipe already holds its numbers: give bits and overrides to load_recipe")
+    options: dict[str, Any] = dict(
+        input_size=input_size, seed=seed, evaluate=evaluate, progress=Progress(quiet=not progress), channels_last=channels_last, force=force
+    )
+    if run_dir is None:
+        return Trainer(teacher, recipe, **options).run().student
+    trainer = Trainer(teacher, recipe, **options)  # before the directory: a model that is refused leaves nothing behind
+    with RunDir.create(run_dir, recipe.to_dict(), {"seed": seed, "input_size": list(input_size)}) as run:
+        trainer.run_dir = run
+        student = trainer.run().student
+        run.save_tensors("student.safetensors", student.state_dict(), {"recipe": recipe.name})
+    return student
+
+
+def student_like(teacher: nn.Module, recipe: Recipe, input_size: Sequence[int]) -> nn.Module:
+    """The untrained student of a recipe, to load a finished one's `state_dict` into; in eval mode, ranges frozen."""
+    from zsq_fast.nn import freeze_ranges
+
+    student = convert(teacher, recipe.quant.weight_bits, recipe.quant.act_bits, ema=recipe.quant.ema, input_size=input_size).eval()
+    freeze_ranges(student)
+    return student

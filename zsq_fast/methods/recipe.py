@@ -1,0 +1,266 @@
+"""A method is data: one TOML file of numbers per paper, resolved into a frozen, checked `Recipe`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from zsq_fast.errors import UsageError, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+LARGE_INPUT = 64  # pixels; above, a recipe's [large] tables apply (the papers' ImageNet settings)
+SCHEDULES = ("paper", "short")
+
+
+def _require(ok: bool, name: str, rule: str, value: Any) -> None:
+    if not ok:
+        raise UsageError(f"recipe option {name} must be {rule}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Quant:
+    weight_bits: int = 4
+    act_bits: int = 4
+    ema: str = "reference"
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "act_bits"):
+            _require(2 <= getattr(self, name) <= 8, f"quant.{name}", "an integer from 2 to 8", getattr(self, name))
+        _require(self.ema in ("reference", "plain"), "quant.ema", "'reference' or 'plain'", self.ema)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    epochs: int = 400
+    iterations: int = 200
+    batch_size: int = 200
+    warmup_epochs: int = 4
+    calibration_epochs: int = 4
+    milestones: tuple[int, ...] = (100, 200, 300)
+    decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "iterations", "batch_size", "calibration_epochs"):
+            _require(getattr(self, name) >= 1, f"schedule.{name}", "at least 1", getattr(self, name))
+        _require(self.batch_size >= 2, "schedule.batch_size", "at least 2 (the generator normalises over the batch)", self.batch_size)
+        _require(self.warmup_epochs >= self.calibration_epochs, "schedule.warmup_epochs",
+                 f"at least schedule.calibration_epochs ({self.calibration_epochs}): ranges must settle before the student trains",
+                 self.warmup_epochs)  # fmt: skip
+        _require(0 < self.decay <= 1, "schedule.decay", "in (0, 1]", self.decay)
+
+    def factor(self, epoch: int) -> float:
+        """Multiplier of learning rates and threshold in the epoch of this 0-based index."""
+        return self.decay ** sum(epoch >= m for m in self.milestones)
+
+    @property
+    def generator_steps(self) -> int:
+        return self.epochs * self.iterations
+
+    @property
+    def student_steps(self) -> int:
+        return max(0, self.epochs - self.warmup_epochs) * self.iterations
+
+
+@dataclass(frozen=True)
+class Generator:
+    kind: str = "plain"
+    latent: int = 100
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.5, 0.999)
+    ce_weight: float = 1.0
+    bns_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ("plain", "conditional"), "generator.kind", "'plain' or 'conditional'", self.kind)
+        _require(self.latent >= 1, "generator.latent", "at least 1", self.latent)
+        _require(self.lr > 0, "generator.lr", "positive", self.lr)
+        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "generator.betas", "two numbers in [0, 1)", self.betas)
+
+
+@dataclass(frozen=True)
+class Student:
+    lr: float = 1e-4
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 1e-4
+    ce_weight: float = 1.0
+    kd_weight: float = 1.0
+    temperature: float = 20.0
+    kd_reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "student.lr", "positive", self.lr)
+        _require(0 <= self.momentum < 1, "student.momentum", "in [0, 1)", self.momentum)
+        _require(not self.nesterov or self.momentum > 0, "student.nesterov", "false without momentum", self.nesterov)
+        _require(self.weight_decay >= 0, "student.weight_decay", "at least 0", self.weight_decay)
+        _require(self.temperature > 0, "student.temperature", "positive", self.temperature)
+        _require(self.kd_reduction in ("mean", "batchmean"), "student.kd_reduction", "'mean' or 'batchmean'", self.kd_reduction)
+        _require(self.ce_weight > 0 or self.kd_weight > 0, "student.kd_weight", "positive when ce_weight is 0", self.kd_weight)
+
+
+@dataclass(frozen=True)
+class Inundation:
+    enabled: bool = False
+    threshold: float = 1e-3
+    search_steps: int = 5
+    capped_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        _require(0 < self.threshold <= 1, "inundation.threshold", "a share of codes in (0, 1]", self.threshold)
+        _require(0 <= self.search_steps <= 5, "inundation.search_steps", "0 to 5", self.search_steps)
+        _require(self.capped_epochs >= 0, "inundation.capped_epochs", "at least 0", self.capped_epochs)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of a run. `to_dict` and `from_dict` are inverse; a run directory holds the resolved form."""
+
+    name: str
+    title: str = ""
+    quant: Quant = field(default_factory=Quant)
+    schedule: Schedule = field(default_factory=Schedule)
+    generator: Generator = field(default_factory=Generator)
+    student: Student = field(default_factory=Student)
+    inundation: Inundation = field(default_factory=Inundation)
+
+    def to_dict(self) -> dict[str, Any]:
+        # Through JSON, so that what a run directory holds compares equal.
+        result: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return result
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Raises UsageError for an unknown key (nearest name offered), a wrong type or a value out of range."""
+        sections = {f.name: f for f in dataclasses.fields(cls)}
+        types = get_type_hints(cls)
+        made: dict[str, Any] = {}
+        for key, value in values.items():
+            if key not in sections:
+                raise UsageError(f"unknown recipe section '{key}'.{nearest(key, sections)}")
+            made[key] = _section(key, types[key], value) if dataclasses.is_dataclass(types[key]) else value
+        return cls(**made)
+
+
+def _section(section: str, cls: Any, values: Any) -> Any:
+    if not isinstance(values, Mapping):
+        raise UsageError(f"recipe section '{section}' must be a table of options, got {values!r}")
+    types = get_type_hints(cls)
+    for key in values:
+        if key not in types:
+            raise UsageError(f"unknown recipe option '{section}.{key}'.{nearest(key, types)}")
+    return cls(**{key: _typed(f"{section}.{key}", types[key], value) for key, value in values.items()})
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and number and value == value and abs(value) != float("inf"):
+        return float(value)
+    if kind is int and number and float(value).is_integer():
+        return int(value)
+    if kind in (str, bool) and isinstance(value, kind):
+        return value
+    if kind not in (float, int, str, bool) and isinstance(value, (list, tuple)):
+        element = kind.__args__[0]
+        return tuple(_typed(name, element, v) for v in value)
+    words = {float: "a finite number", int: "a whole number", str: "a text", bool: "true or false"}
+    raise UsageError(f"recipe option {name} must be {words.get(kind, 'a list of numbers')}, got {value!r}")
+
+
+def _merge(base: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in more.items():
+        base[key] = _merge(dict(base.get(key, {})), value) if isinstance(value, Mapping) else value
+    return base
+
+
+def _builtin() -> dict[str, Any]:
+    return {p.name[:-5]: p for p in resources.files("zsq_fast").joinpath("recipes").iterdir() if p.name.endswith(".toml")}
+
+
+def available_recipes() -> dict[str, str]:
+    """Name and title of every built-in recipe."""
+    return {name: _read(name)["title"] for name in sorted(_builtin())}
+
+
+def _read(name_or_path: str) -> dict[str, Any]:
+    builtin = _builtin()
+    if name_or_path in builtin:
+        text = builtin[name_or_path].read_text()
+    elif name_or_path.endswith(".toml"):
+        try:
+            text = Path(name_or_path).read_text()
+        except OSError as error:
+            raise UsageError(f"the recipe file '{name_or_path}' cannot be read: {error.strerror}") from error
+    else:
+        raise UsageError(f"unknown recipe '{name_or_path}'.{nearest(name_or_path, builtin)} Or give a .toml file.")
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"the recipe '{name_or_path}' is not valid TOML: {error}") from error
+    parent = table.pop("extends", None)
+    return _merge(_read(parent), table) if parent else table
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`section.option=value` as a nested table; the value in TOML syntax, a bare word counts as a text."""
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) != 2 or not all(parts):
+        raise UsageError(f"'{text}' is no override; write section.option=value, for example schedule.epochs=10")
+    try:
+        parsed = tomllib.loads(f"v = {value}")["v"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    return {parts[0]: {parts[1]: parsed}}
+
+
+def load_recipe(
+    name_or_path: str,
+    *,
+    input_size: Sequence[int],
+    schedule: str = "paper",
+    overrides: Sequence[str] = (),
+    weight_bits: int | None = None,
+    act_bits: int | None = None,
+) -> Recipe:
+    """Resolve a recipe for an input size.
+
+    Order, later wins: the file, its [large] tables for inputs above 64 pixels, its [short] tables (and [short.large]) for
+    `schedule="short"`, the bit widths, the overrides.
+
+    Args:
+        name_or_path: a built-in name (`available_recipes()`) or a .toml file.
+        input_size: `(C, H, W)`.
+        schedule: "paper" or "short".
+        overrides: texts `section.option=value`.
+
+    Raises:
+        UsageError: unknown recipe, section or option (nearest name offered), or a value out of range.
+    """
+    if schedule not in SCHEDULES:
+        raise UsageError(f"unknown schedule '{schedule}'.{nearest(schedule, SCHEDULES)}")
+    table = _read(name_or_path)
+    large, short = table.pop("large", {}), table.pop("short", {})
+    short_large = short.pop("large", {})
+    is_large = max(input_size[-2:]) > LARGE_INPUT
+    if is_large:
+        _merge(table, large)
+    if schedule == "short":
+        _merge(table, short)
+        if is_large:
+            _merge(table, short_large)
+    for key, bits in (("weight_bits", weight_bits), ("act_bits", act_bits)):
+        if bits is not None:
+            _merge(table, {"quant": {key: bits}})
+    for text in overrides:
+        _merge(table, parse_override(text))
+    return Recipe.from_dict({"name": Path(name_or_path).stem, **table})
