@@ -206,7 +206,7 @@ def venv(path: Path, donor: bool) -> str:
     if donor:
         site = Path(sysconfig.get_path("purelib", scheme="venv", vars={"base": str(path), "platbase": str(path)}))
         # Inserted last, so that what is installed into the new environment comes first.
-        (site / "donor.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+        (site / "donor.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")) + "\n")
     return str(path / "bin" / "python")
 
 
