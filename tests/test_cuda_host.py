@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_host import toolkit
+from cuda_host.bindings import Kernels, as_c
 
 from zsq_fast import reference
 
@@ -20,51 +21,13 @@ pytestmark = pytest.mark.skipif(
 )
 SHARED = Path(os.environ.get("ZSQ_SHARED") or toolkit.REPO.parent / "shared")
 DTYPES = [torch.float32, torch.float64]
-ARGUMENT = {int: c.c_int64, float: c.c_double, bool: c.c_bool}
 
 
-class GiTensor(c.Structure):
-    _fields_ = [("weight", c.c_void_p), ("grad", c.c_void_p), ("momentum", c.c_void_p), ("rows", c.c_int32), ("cols", c.c_int32)]
-
-
-class GiOptions(c.Structure):
-    _fields_ = [(n, c.c_double) for n in ("lr", "momentum", "weight_decay", "threshold")]
-    _fields_ += [("bits", c.c_int), ("search_steps", c.c_int), ("nesterov", c.c_bool), ("capped", c.c_bool)]
-
-
-class Kernels:
-    def __init__(self, path: Path):
-        self.lib = c.CDLL(str(path))
-        self.lib.zsq_error.restype = c.c_char_p
-        self.lib.zsq_launches.restype = c.c_ulonglong
-        for name in ("zsq_running_workspace", "zsq_bn_workspace", "zsq_gi_workspace"):
-            getattr(self.lib, name).restype = c.c_size_t
-
-    def __call__(self, name: str, *args: object) -> None:
-        """Tensors travel as pointers; `bits` and other C ints as c_int."""
-        kind = next((a.dtype for a in args if isinstance(a, torch.Tensor)), None)
-        function = getattr(self.lib, f"zsq_{name}" + {torch.float64: "_f64", torch.float32: "_f32"}.get(kind, ""))
-        passed = [c.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ARGUMENT.get(type(a), lambda v: v)(a) for a in args]
-        assert function(*passed) == 0, self.lib.zsq_error().decode()
-
-    def workspace(self, name: str, *args: object) -> torch.Tensor:
-        size = getattr(self.lib, f"zsq_{name}_workspace")(*[ARGUMENT.get(type(a), lambda v: v)(a) for a in args])
-        return torch.full((size + 16,), 0xA5, dtype=torch.uint8)  # launchers must not count on its contents
-
-    def gi_sgd(self, weights, grads, momenta, lr, momentum, nesterov, weight_decay, bits, threshold, search_steps, capped):
-        table = (GiTensor * len(weights))()
-        for i, (w, g, v) in enumerate(zip(weights, grads, momenta, strict=True)):
-            assert w.stride() == g.stride() == v.stride()
-            table[i] = GiTensor(w.data_ptr(), g.data_ptr(), v.data_ptr(), w.shape[0], w.numel() // max(w.shape[0], 1))
-        kappa, changed = torch.full((len(weights),), -1.0), torch.full((len(weights),), -1)
-        options = GiOptions(lr, momentum, weight_decay, threshold, bits, search_steps, nesterov, capped)
-        scratch = self.workspace("gi", c.c_int(len(weights)))
-        self("gi_sgd", table, c.c_int(len(weights)), _address(kappa), _address(changed), c.byref(options), _address(scratch))
-        return kappa, changed
-
-
-def _address(t: torch.Tensor) -> c.c_void_p:
-    return c.c_void_p(t.data_ptr())
+def as_c(value: object) -> object:
+    """Tensors travel as pointers, Python ints as int64; anything else that C wants as an int comes as c_int."""
+    if isinstance(value, torch.Tensor):
+        return c.c_void_p(value.data_ptr())
+    return {int: c.c_int64, float: c.c_double, bool: c.c_bool}.get(type(value), lambda v: v)(value)
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +55,9 @@ def shifted(t: torch.Tensor) -> torch.Tensor:
     return room[1:].view(t.shape).copy_(t)
 
 
-# ---- weights -------------------------------------------------------------------------------------------------------------
+# ---- weights ---------------------------------------------------------------------------------------------------------
 
-ROWS = [(1, 1), (5, 9), (70, 9), (3, 16), (3, 27), (9, 64), (2, 130), (11, 144), (3, 577), (2, 1024), (3, 1025), (2, 4608), (2, 11400)]
+ROWS = "1x1 5x9 70x9 3x16 3x27 9x64 2x130 11x144 3x577 2x1024 3x1025 2x4608 2x11400".split()
 
 
 def check_weight(kernels: Kernels, w: torch.Tensor, bits: int) -> None:
@@ -109,9 +72,10 @@ def check_weight(kernels: Kernels, w: torch.Tensor, bits: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", ROWS, ids=str)
-def test_weight(seeded: Kernels, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    w = torch.randn(shape, dtype=dtype) * torch.logspace(-3, 2, shape[0], dtype=dtype)[:, None]
+@pytest.mark.parametrize("shape", ROWS)
+def test_weight(seeded: Kernels, shape: str, dtype: torch.dtype) -> None:
+    rows, cols = map(int, shape.split("x"))
+    w = torch.randn(rows, cols, dtype=dtype) * torch.logspace(-3, 2, rows, dtype=dtype)[:, None]
     for bits in (2, 4, 8):
         check_weight(seeded, w, bits)
     check_weight(seeded, shifted(w), 3)
@@ -158,7 +122,7 @@ def golden(name: str):
     return np.load(SHARED / "golden" / name)
 
 
-# ---- activations ---------------------------------------------------------------------------------------------------------
+# ---- activations -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -185,30 +149,31 @@ def test_act_running(seeded: Kernels, n: int, dtype: torch.dtype, plain: bool) -
         x = torch.randn(n, dtype=dtype) * (step + 1)
         x[n // 2] = float("nan") if step == 3 else 5.0
         out = torch.full_like(x, 7.0)
-        seeded("fake_quant_act_running", x, *got, out, n, c.c_int(4), 0.9, plain, _address(scratch))
+        seeded("fake_quant_act_running", x, *got, out, n, c.c_int(4), 0.9, plain, as_c(scratch))
         assert same(out, reference.fake_quant_act_running(x, *expected, 4, 0.9, plain)), step
         for a, b in zip(got, expected, strict=True):
             assert same(a, b), step
     assert got[0].isnan().all()
 
 
-# ---- batch-norm statistics -----------------------------------------------------------------------------------------------
+# ---- batch-norm statistics -------------------------------------------------------------------------------------------
 
-BN = [(2, 3, 5), (1, 1, 1), (4, 16, 64), (2, 5, 3000), (3, 130, 49), (64, 33, 1), (2, 8, 4096), (700, 6, 49), (3, 257, 8)]
+BN = "2x3x5 1x1x1 4x16x64 2x5x3000 3x130x49 64x33x1 2x8x4096 700x6x49 3x257x8".split()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("shape", BN, ids=str)
-def test_bn_stats(kernels: Kernels, shape: tuple[int, int, int], channels_last: bool, dtype: torch.dtype) -> None:
-    n, channels, s = shape
+@pytest.mark.parametrize("shape", BN)
+def test_bn_stats(kernels: Kernels, shape: str, channels_last: bool, dtype: torch.dtype) -> None:
+    n, channels, s = map(int, shape.split("x"))
     torch.manual_seed(n * s)
     offset = torch.randn(channels, 1, dtype=dtype)
-    x = torch.randn(shape, dtype=dtype) * 2 + offset
+    x = torch.randn(n, channels, s, dtype=dtype) * 2 + offset
     mean, var = offset[:, 0] + 0.25 * torch.randn(channels, dtype=dtype), torch.rand(channels, dtype=dtype) + 1
-    truth = reference.bn_stats_match(x.double(), mean.double(), var.double())
     grad_loss = torch.tensor([1.7], dtype=dtype)
-    truth_grad = reference.bn_stats_match_backward(grad_loss.double()[0], x.double(), mean.double(), var.double(), *truth[1:])
+    exact = [t.double() for t in (x, mean, var)]
+    truth = reference.bn_stats_match(*exact)
+    truth_grad = reference.bn_stats_match_backward(grad_loss.double()[0], *exact, *truth[1:])
     stored = x.transpose(1, 2).contiguous() if channels_last else x
     close = 1e-6 if dtype == torch.float32 else 1e-13
     for source in (stored, shifted(stored)):
@@ -217,7 +182,7 @@ def test_bn_stats(kernels: Kernels, shape: tuple[int, int, int], channels_last: 
             kernels.lib.zsq_seed(c.c_uint64(seed))
             loss, bm, bv = torch.full((1,), 7.0, dtype=dtype), torch.full_like(mean, 7.0), torch.full_like(mean, 7.0)
             scratch = kernels.workspace("bn", n, channels, s, channels_last, loss.element_size())
-            kernels("bn_stats", source, mean, var, loss, bm, bv, n, channels, s, channels_last, _address(scratch))
+            kernels("bn_stats", source, mean, var, loss, bm, bv, n, channels, s, channels_last, as_c(scratch))
             runs.append((loss, bm, bv))
         assert all(same(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
         for got, expected in zip(runs[0], truth, strict=True):
@@ -233,11 +198,11 @@ def test_bn_stats_nan_stays_in_its_channel(seeded: Kernels) -> None:
     x[1, 2, 3] = float("nan")
     loss, bm, bv = torch.zeros(1), torch.zeros(6), torch.zeros(6)
     scratch = seeded.workspace("bn", 4, 6, 40, False, 4)
-    seeded("bn_stats", x, mean, var, loss, bm, bv, 4, 6, 40, False, _address(scratch))
+    seeded("bn_stats", x, mean, var, loss, bm, bv, 4, 6, 40, False, as_c(scratch))
     assert loss.isnan().all() and bm.isnan().tolist() == bv.isnan().tolist() == [i == 2 for i in range(6)]
 
 
-# ---- gradient inundation -------------------------------------------------------------------------------------------------
+# ---- gradient inundation ---------------------------------------------------------------------------------------------
 
 
 def compare_gi(kernels: Kernels, weights, grads, momenta, **options) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,18 +221,22 @@ def compare_gi(kernels: Kernels, weights, grads, momenta, **options) -> tuple[to
 
 
 def gi_case(shapes: list[tuple[int, ...]], size: float = 1e-3):
-    return [torch.randn(s) for s in shapes], [torch.randn(s) * size for s in shapes], [torch.randn(s) * size for s in shapes]
+    return tuple([torch.randn(s) * scale for s in shapes] for scale in (1, size, size))
 
 
-DEFAULT = dict(
-    lr=1e-3, momentum=0.9, nesterov=True, weight_decay=0.0, bits=4, threshold=1e-2, search_steps=5, capped=False
-)
+DEFAULT = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0} | {
+    "bits": 4,
+    "threshold": 1e-2,
+    "search_steps": 5,
+    "capped": False,
+}
 
 
 @pytest.mark.parametrize(
     "change",
     [{}, {"capped": True}, {"search_steps": 0}, {"search_steps": 2}, {"nesterov": False}, {"momentum": 0.0},
-     {"weight_decay": 0.3}, {"threshold": 0.5}, {"bits": 8, "threshold": 0.1}, {"lr": 0.3}, {"threshold": 1.0}, {"threshold": 0.0}],
+     {"weight_decay": 0.3}, {"threshold": 0.5}, {"bits": 8, "threshold": 0.1}, {"lr": 0.3}, {"threshold": 1.0},
+     {"threshold": 0.0}],
     ids=str,
 )  # fmt: skip
 def test_gi_options(seeded: Kernels, change: dict) -> None:
@@ -315,27 +284,29 @@ def test_gi_recorded(kernels: Kernels) -> None:
     cases = sorted({k.split("_")[0] for k in recorded.files})
     assert cases
     for case in cases:
-        bits, threshold, capped, lr = recorded[case + "_cfg"]
+        bits, threshold, capped, lr = recorded[case + "_cfg"].tolist()
+        options = DEFAULT | {"bits": int(bits), "threshold": threshold, "capped": bool(capped), "lr": lr}
         count = sum(k.startswith(case + "_p") and k.endswith("_init") for k in recorded.files)
         weights = [torch.tensor(recorded[f"{case}_p{k}_init"]) for k in range(count)]
         momenta = [torch.zeros_like(w) for w in weights]
         for t in range(4):
             grads = [torch.tensor(recorded[f"{case}_t{t}_g{k}"]) for k in range(count)]
-            kappa, _ = kernels.gi_sgd(weights, grads, momenta, float(lr), 0.9, True, 0.0, int(bits), float(threshold), 5, bool(capped))
+            kappa, _ = kernels.gi_sgd(weights, grads, momenta, **options)
             assert np.array_equal(kappa.numpy(), recorded[f"{case}_t{t}_kappa"].astype(np.float32)), (case, t)
             for k, w in enumerate(weights):
                 truth = recorded[f"{case}_t{t}_p{k}"]
                 assert np.linalg.norm(w.numpy() - truth) <= 3e-7 * np.linalg.norm(truth)
 
 
-# ---- sanitizers ----------------------------------------------------------------------------------------------------------
+# ---- sanitizers ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", ["address,undefined", "thread"])
 def test_sanitized(tmp_path: Path, flags: str) -> None:
-    """Memory errors and undefined behaviour, or data races between CUDA threads, in any kernel end the program with an error."""
+    """A memory error, undefined behaviour or a data race between CUDA threads in any kernel ends the program."""
     keep = ["-fno-sanitize-recover=all"] if flags != "thread" else []
     program = toolkit.build_host(tmp_path / "kernels", "main.cpp", f"-fsanitize={flags}", *keep)
-    done = subprocess.run([str(program), "2"], capture_output=True, text=True, env=os.environ | {"TSAN_OPTIONS": "halt_on_error=1"})
+    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
+    done = subprocess.run([str(program), "2"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     assert "all kernels ran" in done.stdout

@@ -86,9 +86,9 @@ __device__ __forceinline__ bool arrive_last(unsigned* ticket, unsigned total) {
   if (threadIdx.x == 0) {
     __threadfence();
     is_last = atomicAdd(ticket, 1u) == total - 1;
+    __threadfence();  // by the thread that did the atomic: the barrier then passes on what it acquired
   }
   __syncthreads();
-  if (is_last) __threadfence();
   return is_last;
 }
 

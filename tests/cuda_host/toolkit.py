@@ -38,7 +38,7 @@ def include_dir() -> Path | None:
 
 
 def build_host(out: Path, program: str, *flags: str) -> Path:
-    """Compile all kernels for the CPU with `program` (a file of this folder) into `out`. The scheduler is never instrumented."""
+    """Compile all kernels and `program` (a file of this folder) for the CPU. The scheduler is never instrumented."""
     common = ["g++", "-std=c++17", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror", "-fPIC",
               "-isystem", str(include_dir()), f"-I{HOST}"]  # fmt: skip
     scheduler = out.with_suffix(".sched.o")
