@@ -70,8 +70,10 @@ def read_verified(directory: Path, name: str, record: Any) -> bytes:
 def _culprit(data: bytes, record: dict[str, Any]) -> str:
     """Names the tensor that differs when the damaged file can still be parsed that far."""
     expected = record.get("tensors")
+    if not isinstance(expected, dict):
+        return ""
     try:
-        found = tensor_sums(data) if isinstance(expected, dict) else {}
+        found = tensor_sums(data)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return " in its header"
     wrong = [name for name in found if found[name] != expected.get(name)]

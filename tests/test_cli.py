@@ -1,0 +1,133 @@
+"""The command line: help, results on stdout, exit codes, one line for whatever goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+from cli_support import ENVIRONMENT, SIZE, assert_one_sentence, call, make_tiny
+
+from zsq_fast import errors
+from zsq_fast.cli import VERBS
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def test_help_names_every_verb(capsys):
+    code, out, err = call(capsys, "--help")
+    assert (code, err) == (0, "")
+    assert all(verb in out for verb in VERBS)
+    assert call(capsys)[0] == 2
+
+
+@pytest.mark.parametrize("verb", ["quantize", "resume", "evaluate", "recipes", "env"])
+def test_help_of_each_verb(capsys, verb):
+    code, out, err = call(capsys, verb, "--help")
+    assert (code, err) == (0, "") and f"usage: zsq-fast {verb}" in out
+
+
+def test_as_a_module():
+    command = [sys.executable, "-m", "zsq_fast.cli", "quantise"]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert "Did you mean 'quantize'?" in assert_one_sentence(result.stderr)
+
+
+def test_recipes_and_env_print_json(capsys):
+    code, out, _ = call(capsys, "recipes", "--json")
+    assert code == 0 and {"gdfq", "ait"} <= json.loads(out).keys()
+    code, out, _ = call(capsys, "recipes")
+    assert code == 0 and "gdfq" in out
+    code, out, _ = call(capsys, "env", "--json")
+    assert code == 0 and "torch" in json.loads(out)
+
+
+def test_evaluate_a_model(capsys, tiny):
+    words = ("evaluate", *tiny.model, "--data", tiny.images, "--batch-size", 7)
+    code, out, err = call(capsys, *words, "--json")
+    assert code == 0, err
+    result = json.loads(out)["float"]
+    assert result["count"] == 40 and 0 <= result["top1"] <= result["top5"] <= 100
+    code, out, _ = call(capsys, *words, "--limit", 10)
+    assert code == 0 and "10 images" in out
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(capsys, tiny, tmp_path):
+    out_dir = tmp_path / "run"
+    words = ("quantize", *tiny.model, "--recipe", "ait", "-w", 3, "-a", 5, "--dry-run", "--out", out_dir)
+    code, out, err = call(capsys, *words)
+    assert code == 0, err
+    assert "2 conv at 3 bits" in out and "2 act at 5 bits" in out
+    code, out, _ = call(capsys, *words, "--json")
+    plan = json.loads(out)
+    assert plan["network"]["weight_tensors"] == 3 and plan["job"]["input_size"] == [3, 8, 8]
+    assert plan["recipe"]["quant"]["weight_bits"] == 3
+    assert plan["images"] == 400 * 200 * 200 and plan["student_steps"] == 396 * 200
+    assert not out_dir.exists()
+
+
+def test_what_stays_float_is_listed(capsys, tiny):
+    words = ("quantize", *tiny.spec("with_silu"), "--recipe", "gdfq", "-w", 4, "-a", 4, "--dry-run")
+    code, out, err = call(capsys, *words)
+    assert code == 0, err
+    assert "SiLU" in out and "only ReLU" in out
+
+
+def fail_with(monkeypatch, error):
+    def run(words):
+        raise error
+
+    module = types.ModuleType("failing_verb")
+    module.run = run
+    monkeypatch.setitem(sys.modules, "failing_verb", module)
+    monkeypatch.setitem(VERBS, "fail", ("failing_verb", ""))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (errors.UsageError("a\nb"), 2, "error: a b"),
+        (errors.UnsupportedModelError("x"), 3, "x"),
+        (errors.BadFileError("x"), 4, "x"),
+        (errors.TrainingError("x"), 5, "x"),
+        (errors.StorageError("x"), 74, "x"),
+        (OSError(errno.ENOSPC, "No space left on device", "/some/file"), 74, "no space left on the disk of /some/file"),
+        (MemoryError(), 1, "out of memory"),
+        (KeyError("boom"), 1, "unexpected KeyError: 'boom' (--debug shows the traceback)"),
+    ],
+)
+def test_errors_become_one_line_and_an_exit_code(capsys, monkeypatch, error, code, text):
+    fail_with(monkeypatch, error)
+    found, out, err = call(capsys, "fail")
+    assert (found, out) == (code, "") and text in assert_one_sentence(err)
+    found, _, err = call(capsys, "fail", "--debug")
+    assert found == code and "Traceback" in err and "in run" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(KeyboardInterrupt(), 130), (errors.Interrupted("saved"), 130), (errors.Interrupted("saved", 15), 143)],
+)
+def test_interruptions_are_no_errors(capsys, monkeypatch, error, code):
+    fail_with(monkeypatch, error)
+    found, _, err = call(capsys, "fail")
+    assert found == code and len(err.splitlines()) == 1 and "error" not in err
+
+
+def test_closed_pipe_is_silent(tiny):
+    command = f"'{sys.executable}' -m zsq_fast.cli --help | true; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.stderr == "" and int(result.stdout) in (0, 141)
+
+
+def test_size_is_also_read_from_the_command_line(capsys, tiny):
+    words = ("quantize", *tiny.model, "--recipe", "ait", "-w", 4, "-a", 4, "--dry-run", "--json")
+    code, out, _ = call(capsys, *words, "--input-size", SIZE.replace("8", "16"))
+    assert code == 0 and json.loads(out)["job"]["input_size"] == [3, 16, 16]

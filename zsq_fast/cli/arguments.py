@@ -1,0 +1,88 @@
+"""Argument parsing with one-sentence errors, and the types the verbs share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from zsq_fast.errors import UsageError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, which raises UsageError and offers the nearest option or choice."""
+
+    def __init__(self, verb: str, description: str):
+        super().__init__(prog=f"zsq-fast {verb}", description=description, allow_abbrev=False)
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        arguments, rest = self.parse_known_args(words)
+        unknown = [word for word in rest if word.startswith("-")] or rest
+        if unknown and unknown[0].startswith("-"):
+            name = unknown[0].split("=")[0]
+            raise UsageError(f"{self.prog} has no option '{name}'.{nearest(name, self._option_string_actions)}")
+        if unknown:
+            raise UsageError(f"{self.prog} does not know what to do with '{unknown[0]}'; see {self.prog} --help.")
+        return arguments
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help.")
+
+    def add_choice(self, *names: str, choices: Sequence[str], **options: object) -> None:
+        def one_of(text: str) -> str:
+            if text not in choices:
+                raise argparse.ArgumentTypeError(f"'{text}' is unknown.{nearest(text, choices)}".rstrip("."))
+            return text
+
+        self.add_argument(*names, type=one_of, metavar="|".join(choices), **options)  # type: ignore[arg-type]
+
+    def add_switch(self, name: str, help: str) -> None:
+        """--name and --no-name; None when neither is given."""
+        self.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=help)
+
+
+def integer(low: int, high: float = math.inf, what: str = "number") -> Callable[[str], int]:
+    """An argparse type: an integer in low..high."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            span = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"'{text}' is not a {what} {span}")
+        return value
+
+    return parse
+
+
+bits = integer(2, 8, "bit width")
+
+
+def input_size(text: str) -> tuple[int, int, int]:
+    """ "3,32,32" -> (3, 32, 32)."""
+    parts = text.replace("x", ",").split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() and 0 < int(part) < 1 << 16 for part in parts):
+        raise argparse.ArgumentTypeError(f"'{text}' is not channels,height,width such as 3,224,224")
+    channels, height, width = map(int, parts)
+    return channels, height, width
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """ "0.5,0.5,0.5" -> floats, all finite."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(map(math.isfinite, values)):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of numbers such as 0.485,0.456,0.406")
+    return values
+
+
+def device(text: str) -> str:
+    kind, _, index = text.partition(":")
+    if text not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
+        raise argparse.ArgumentTypeError(f"'{text}' is not auto, cpu, cuda or cuda:N")
+    return text

@@ -1,0 +1,83 @@
+"""zsq-fast evaluate: top-1 accuracy on real test images, of a run's network before and after, or of any network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from zsq_fast.cli.arguments import Parser, device, input_size, integer, numbers
+from zsq_fast.errors import BadFileError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from zsq_fast.cli.job import Job
+    from zsq_fast.runs import RunDir
+
+
+def make_parser() -> Parser:
+    parser = Parser("evaluate", "Accuracy on real test images.")
+    add = parser.add_argument
+    add("subject", metavar="RUN_OR_MODEL", help="a run directory, or a model as `quantize` takes it")
+    add("--data", required=True, metavar="PATH", help="a .npz with images and labels, or a folder of class folders")
+    add("--limit", type=integer(1), metavar="N", help="use only the first N images")
+    add("--batch-size", type=integer(1), default=250, metavar="N")
+    add("--checkpoint", metavar="FILE", help="trained weights, for a model")
+    add("--num-classes", type=integer(1), metavar="N")
+    add("--input-size", type=input_size, metavar="C,H,W")
+    add("--mean", type=numbers, metavar="M,M,M", help="normalisation of pixels in 0..1")
+    add("--std", type=numbers, metavar="S,S,S")
+    add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N")
+    add("--allow-import", action="store_true", help="allow a model to import and run your code")
+    add("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def run(words: Sequence[str]) -> int:
+    arguments = make_parser().parse(words)
+    from zsq_fast.cli.job import Job, evaluator, load
+    from zsq_fast.runs import RunDir
+
+    given = {name: getattr(arguments, name) for name in ("num_classes", "input_size", "mean", "std")}
+    given = {name: value for name, value in given.items() if value is not None}
+    is_run = RunDir.is_run(arguments.subject)
+    if is_run:
+        run_dir = RunDir.open(arguments.subject, read_only=True)
+        job = Job.from_info(run_dir.info, run_dir.path)
+    else:
+        job = Job(arguments.subject, allow_import=arguments.allow_import).with_files(checkpoint=arguments.checkpoint)
+    job = replace(job, device=arguments.device, eval_limit=arguments.limit, **given).with_files(
+        eval_data=arguments.data
+    )
+    job, teacher = load(job)
+    networks: dict[str, nn.Module] = {"float": teacher}
+    if is_run:
+        networks["quantized"] = load_student(run_dir, job, teacher)
+    measure = evaluator(job, arguments.batch_size)
+    assert measure is not None
+    results = {name: measure(network) for name, network in networks.items()}
+    if arguments.json:
+        print(json.dumps({name: result._asdict() for name, result in results.items()}, indent=1))
+    for name, result in results.items() if not arguments.json else ():
+        print(f"{name:<10} top-1 {result.top1:6.2f} %  top-5 {result.top5:6.2f} %  ({result.count} images)")
+    return 0
+
+
+def load_student(run_dir: RunDir, job: Job, teacher: nn.Module) -> nn.Module:
+    """The fake-quantized network of a finished run; BadFileError if it is not finished or a byte differs."""
+    from zsq_fast.cli.result import STUDENT
+    from zsq_fast.methods import Recipe, student_like
+
+    path = run_dir.path / STUDENT
+    if not path.exists():
+        raise BadFileError(
+            f"{run_dir.path} is not finished ({STUDENT} is missing); run `zsq-fast resume {run_dir.path}`."
+        )
+    student = student_like(teacher, Recipe.from_dict(run_dir.recipe), job.input_size or ())
+    try:
+        student.load_state_dict(run_dir.load_tensors(STUDENT))
+    except RuntimeError as error:
+        raise BadFileError(f"{path} does not fit the network of this version of zsq_fast: {error}") from error
+    return student

@@ -1,0 +1,85 @@
+"""What a run prints and writes to result.json, and what --dry-run prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from zsq_fast.cli.job import Job
+from zsq_fast.methods import Recipe, Result
+from zsq_fast.nn import Summary
+
+STUDENT = "student.safetensors"
+RESULT = "result.json"
+
+# evaluation key of the trainer -> (what is printed, whether it is a quantized network)
+STAGES = {
+    "float": ("float", False),
+    "rtn": ("round-to-nearest", True),
+    "last": ("last epoch", True),
+}
+
+
+def record(job: Job, recipe: Recipe, result: Result, student: Path) -> dict[str, Any]:
+    """The content of result.json; accuracies are top-1 percents and absent without test images."""
+    return {
+        "model": job.model,
+        "recipe": recipe.name,
+        "weight_bits": recipe.quant.weight_bits,
+        "act_bits": recipe.quant.act_bits,
+        "seed": job.seed,
+        "device": job.device,
+        "threads": job.threads,
+        "top1": {name: float(value) for name, value in result.evaluations.items()},
+        "eval_data": job.eval_data,
+        "eval_limit": job.eval_limit,
+        "minutes": result.seconds / 60,
+        "student": str(student.resolve()),
+        **result.summary.to_dict(),
+    }
+
+
+def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    print(
+        f"{result['model']}, {result['recipe']}, W{result['weight_bits']}A{result['act_bits']}, seed {result['seed']}"
+    )
+    sizes = f"{result['float_bytes'] / 1e6:.2f} MB", f"{result['packed_bytes'] / 1e6:.2f} MB packed"
+    top1 = result["top1"]
+    rows = [(text, sizes[quantized], top1.get(key)) for key, (text, quantized) in STAGES.items()]
+    for text, size, accuracy in rows:
+        print(f"  {text:<18}{size:>16}{'' if accuracy is None else f'{accuracy:10.2f} %'}")
+    if not top1:
+        print("  (no accuracy: no real test images were given by --eval-data)")
+    for site in result["left_float"]:
+        print(f"  stays float: {site['name'] or 'the model'} ({site['kind']}): {site['why']}")
+    print(f"{result['minutes']:.1f} minutes; fake-quantized student: {result['student']}")
+
+
+def print_plan(job: Job, recipe: Recipe, summary: Summary, *, as_json: bool) -> None:
+    """The resolved job and recipe, and what of the network would be quantized."""
+    schedule = recipe.schedule
+    plan: dict[str, Any] = {"job": asdict(job), "recipe": recipe.to_dict(), "network": summary.to_dict()}
+    plan["generator_steps"], plan["student_steps"] = schedule.generator_steps, schedule.student_steps
+    plan["images"] = schedule.generator_steps * schedule.batch_size
+    if as_json:
+        print(json.dumps(plan, indent=1))
+        return
+    print(f"steps: {plan['generator_steps']} of the generator, {plan['student_steps']} of the student")
+    print(f"images: {plan['images']} generated, {schedule.batch_size} at a time, no real ones")
+    print(summary)
+    for title, values in (("recipe", _flat(plan["recipe"])), ("job", _flat(plan["job"]))):
+        print(f"{title}:")
+        print("\n".join(f"  {key} = {json.dumps(value)}" for key, value in values.items()))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
