@@ -10,11 +10,11 @@ from torch import nn
 
 from zsq_fast.errors import UsageError
 from zsq_fast.methods.recipe import Recipe, available_recipes, load_recipe
-from zsq_fast.methods.trainer import Result, Trainer
+from zsq_fast.methods.trainer import Result, Trainer, run_together
 from zsq_fast.nn import convert
 from zsq_fast.runs import Progress, RunDir
 
-__all__ = ["Recipe", "Result", "Trainer", "available_recipes", "load_recipe", "quantize", "student_like"]
+__all__ = ["Recipe", "Result", "Trainer", "available_recipes", "load_recipe", "quantize", "run_together", "student_like"]
 
 
 def quantize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,7 +49,6 @@ class BNStatsTap:
         self._norms = usable_batch_norms(model)
         self._losses: list[Tensor] = []
         self._handles: list[Any] = []
-        self._recording = True
 
     def __enter__(self) -> BNStatsTap:
         for norm in self._norms.values():
@@ -64,18 +61,7 @@ class BNStatsTap:
         self._handles.clear()
         self._losses.clear()
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within: the network runs without recording."""
-        self._recording = False
-        try:
-            yield
-        finally:
-            self._recording = True
-
     def _record(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if not self._recording:
-            return
         self._losses.append(ops.bn_stats_match(inputs[0], norm.running_mean, norm.running_var))  # type: ignore[arg-type]
 
     def loss(self) -> Tensor:

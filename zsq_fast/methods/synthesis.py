@@ -1,0 +1,90 @@
+"""Images on the fly: a generator trained on the teacher's batch-norm statistics, one step per batch (GDFQ)."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zsq_fast.errors import UnsupportedModelError
+from zsq_fast.methods.generators import build_generator
+from zsq_fast.methods.recipe import Recipe
+from zsq_fast.nn import BNStatsTap
+
+
+def derive_seed(seed: int, *purpose: object) -> int:
+    """A 63-bit seed for one purpose and step: draws depend on nothing that came before, so a resumed run needs no replay."""
+    text = "/".join(map(str, (seed, *purpose)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class Batch(NamedTuple):
+    """What one iteration hands to the students, detached: images `[B, C, H, W]`, labels `[B]`, logits `[B, classes]`."""
+
+    images: Tensor
+    labels: Tensor
+    teacher_logits: Tensor
+    generator_ce: Tensor
+    generator_bns: Tensor
+
+
+class Synthesis:
+    """The frozen teacher, the generator and its optimizer. It never looks at a student, so several may share it.
+
+    Context manager: inside, the teacher's batch norms are tapped.
+    """
+
+    def __init__(self, teacher: nn.Module, recipe: Recipe, input_size: Sequence[int], seed: int, layout: torch.memory_format):
+        self.recipe, self.seed = recipe, seed
+        self.device = next(teacher.parameters()).device
+        # A frozen copy saves a third of the teacher's backward pass and keeps the user's network out of our graphs.
+        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False).to(memory_format=layout)
+        with torch.no_grad():
+            probe = self.teacher(torch.zeros(1, *input_size, device=self.device))
+        if not isinstance(probe, Tensor) or probe.dim() != 2:
+            found = tuple(probe.shape) if isinstance(probe, Tensor) else type(probe).__name__
+            raise UnsupportedModelError(f"the model must return class logits [N, classes], got {found}")
+        self.num_classes = probe.shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "generator-init"))
+            self.generator = build_generator(recipe.generator, self.num_classes, input_size)
+        self.generator.to(self.device, memory_format=layout).train()
+        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=recipe.generator.lr, betas=recipe.generator.betas)
+        self.tap = BNStatsTap(self.teacher)
+        self.seconds = 0.0
+
+    def sample(self, step: int) -> tuple[Tensor, Tensor]:
+        """Noise `[B, latent]` and labels `[B]` of one iteration, a function of (seed, step) alone."""
+        batch = self.recipe.schedule.batch_size
+        rng = torch.Generator(self.device).manual_seed(derive_seed(self.seed, "images", step))
+        noise = torch.randn(batch, self.recipe.generator.latent, device=self.device, generator=rng)
+        return noise, torch.randint(self.num_classes, (batch,), device=self.device, generator=rng)
+
+    def images(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of an iteration from the generator as it is now, without training it."""
+        noise, labels = self.sample(step)
+        with torch.no_grad():
+            return copy.deepcopy(self.generator)(noise, labels), labels  # a copy: in train mode its running statistics would move
+
+    def step(self, step: int) -> Batch:
+        """One generator step; the images and logits are those from before it."""
+        started = time.perf_counter()
+        spec = self.recipe.generator
+        for group in self.optimizer.param_groups:
+            group["lr"] = spec.lr * self.recipe.schedule.factor(step // self.recipe.schedule.iterations)
+        noise, labels = self.sample(step)
+        images = self.generator(noise, labels)
+        with self.tap:
+            logits = self.teacher(images)
+            ce, bns = F.cross_entropy(logits, labels), self.tap.loss()
+        self.optimizer.zero_grad(set_to_none=True)
+        (spec.ce_weight * ce + spec.bns_weight * bns).backward()
+        self.optimizer.step()
+        self.seconds += time.perf_counter() - started
+        return Batch(images.detach(), labels, logits.detach(), ce.detach(), bns.detach())
