@@ -192,7 +192,7 @@ def convert(
             elif type(module) is nn.Linear:
                 done[id(module)] = QuantLinear.from_float(module, weight_bits)
             elif _is_relu(module) and calls[id(module)]:
-                done[id(module)] = ActThenQuant(copy.deepcopy(module), act_bits, ema, calls[id(module)])
+                done[id(module)] = ActThenQuant(copy.deepcopy(module), act_bits, ema, calls[id(module)]).train(module.training)
             else:
                 # A shallow copy, so that children are converted rather than copied; own tensors are copied below.
                 twin = copy.copy(module)

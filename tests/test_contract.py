@@ -1,0 +1,96 @@
+"""The architecture page as tests: who imports whom, one signature per operation, nothing unsafe."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from zsq_fast import ops, reference
+from zsq_fast.ops.schemas import SCHEMAS
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "zsq_fast"
+ALLOWED = {
+    "errors": set(),
+    "process": set(),
+    "_build": set(),
+    "reference": set(),
+    "ops": {"errors", "reference", "_build"},
+    "losses": {"ops", "errors"},
+    "optim": {"ops", "errors"},
+    "nn": {"ops", "errors"},
+    "models": {"errors"},
+    "data": {"errors"},
+    "runs": {"errors"},
+    "methods": {"nn", "optim", "losses", "ops", "runs", "errors"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """First-level names of our own packages that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "zsq_fast":
+            parts = (node.module or "").split(".")
+            found |= {parts[1]} if len(parts) > 1 else {a.name for a in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("zsq_fast.")}
+    return found
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_import_directions(package):
+    files = [PACKAGE / f"{package}.py"] if (PACKAGE / f"{package}.py").exists() else list((PACKAGE / package).rglob("*.py"))
+    assert files
+    for file in files:
+        extra = imports(file) - ALLOWED[package] - {package}
+        assert not extra, f"{file.relative_to(ROOT)} imports {sorted(extra)}; docs/architecture.md allows {sorted(ALLOWED[package])}"
+
+
+def test_every_package_has_a_rule():
+    rooms = {p.stem for p in PACKAGE.iterdir() if (p.suffix == ".py" or (p / "__init__.py").exists()) and p.stem != "__init__"}
+    assert rooms - {"cli", "demo"} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda s: s.split("(")[0])
+def test_reference_has_the_signature_of_the_schema(schema):
+    name = schema.split("(")[0]
+    op = getattr(torch.ops.zsq, name).default
+    assert list(inspect.signature(getattr(reference, name)).parameters) == [a.name for a in op._schema.arguments]
+    assert name in (ROOT / "docs" / "architecture.md").read_text()
+    assert f'"{name}"' in (ROOT / "csrc" / "ops" / "cpu.cpp").read_text()
+    assert f'"{name}"' in (ROOT / "csrc" / "ops" / "cuda.cpp").read_text()
+
+
+def test_public_operations_are_documented():
+    for name in ops.__all__:
+        assert len(inspect.getdoc(getattr(ops, name)) or "") > 40, name
+
+
+def test_kernels_include_no_torch_headers():
+    for folder in ("cpu", "cuda"):
+        for file in (ROOT / "csrc" / folder).iterdir():
+            assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", file.read_text()), file
+
+
+def test_every_launch_names_its_stream():
+    """A kernel on the default stream races with the caller's; <<<>>> without a stream is how that happens."""
+    for file in (ROOT / "csrc" / "cuda").glob("*.cu"):
+        assert "<<<" not in file.read_text(), f"{file.name}: launch through launch.h, which takes the stream"
+    assert "CUDAGuard" in (ROOT / "csrc" / "ops" / "cuda.cpp").read_text()
+
+
+def test_nothing_executes_what_it_reads():
+    """No pickle, eval or exec; torch.load and np.load only in their safe modes."""
+    for file in PACKAGE.rglob("*.py"):
+        for call in (n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call)):
+            name, options = ast.unparse(call.func), {k.arg: ast.unparse(k.value) for k in call.keywords}
+            where = f"{file.relative_to(ROOT)}:{call.lineno}: {name}"
+            assert name not in ("eval", "exec") and not name.startswith(("pickle.", "marshal.")), where
+            assert name != "torch.load" or options.get("weights_only") == "True", where
+            assert name not in ("np.load", "numpy.load") or options.get("allow_pickle") == "False", where

@@ -1,0 +1,167 @@
+"""Layers as drop-ins, conversion and its account, taps."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from networks import Reuser, look_trained, tiny
+from torch import nn
+
+import zsq_fast as zsq
+from zsq_fast.errors import UnsupportedModelError, UsageError
+from zsq_fast.models.resnet_cifar import ResNetCifar
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"groups": 4, "bias": False}, {"dilation": 2, "padding_mode": "reflect", "padding": 2}])
+def test_conv_is_a_drop_in(options, device):
+    conv = nn.Conv2d(4, 8, 3, **options).to(device)
+    quant = zsq.QuantConv2d.from_float(conv, weight_bits=4)
+    x = torch.randn(2, 4, 9, 9, device=device)
+    want = conv._conv_forward(x, zsq.ops.fake_quant_weight(conv.weight, 4), conv.bias)
+    assert torch.equal(quant(x), want) and not torch.equal(quant(x), conv(x))
+    assert quant.weight is not conv.weight and quant.weight.device == conv.weight.device
+    plain = zsq.QuantConv2d(4, 8, 3, weight_bits=4, **options).to(device)
+    plain.load_state_dict(conv.state_dict())  # the float keys load
+    assert torch.equal(plain(x), want)
+    assert isinstance(quant, nn.Conv2d) and "weight_bits=4" in repr(quant)
+
+
+def test_linear_is_a_drop_in(device):
+    linear = nn.Linear(7, 3).to(device)
+    quant, x = zsq.QuantLinear.from_float(linear, weight_bits=3), torch.randn(5, 7, device=device)
+    assert torch.equal(quant(x), nn.functional.linear(x, zsq.ops.fake_quant_weight(linear.weight, 3), linear.bias))
+    other = zsq.QuantLinear(7, 3, weight_bits=3).to(device)
+    other.load_state_dict(linear.state_dict())
+    assert torch.equal(other(x), quant(x))
+
+
+@pytest.mark.parametrize("bits", [1, 9, 0, 2.5, "4", True])
+def test_wrong_bits(bits):
+    for build in (lambda: zsq.QuantConv2d(1, 1, 1, weight_bits=bits), lambda: zsq.QuantAct(bits), lambda: zsq.convert(tiny(), bits, 4)):
+        with pytest.raises(UsageError, match="must be an integer from 2 to 8"):
+            build()
+
+
+def test_act_range_life(device):
+    act, x = zsq.QuantAct(4, ema="plain").to(device), torch.rand(4, 3, device=device) * 3
+    assert act.eval()(x).isnan().all()  # never calibrated: not a plausible number
+    act.train()(x)
+    assert torch.equal(act.hi, (x.max() * (1 - torch.tensor(0.9))) / (1 - torch.tensor(0.9))) or torch.isclose(act.hi, x.max())
+    range_before = act.hi.clone()
+    act.eval()(2 * x)
+    act.train().freeze()(2 * x)
+    assert torch.equal(act.hi, range_before)
+    act.unfreeze()(2 * x)
+    assert act.hi > range_before
+    with pytest.raises(UsageError, match="'reference' or 'plain'"):
+        zsq.QuantAct(4, ema="emma")
+
+
+def test_layers_survive_copy_and_serialisation():
+    student = zsq.convert(tiny(), 4, 4, input_size=(3, 8, 8))
+    for m in student.modules():
+        if isinstance(m, zsq.QuantAct):
+            m.lo.zero_(), m.hi.fill_(2.0)
+    x = torch.randn(2, 3, 8, 8)
+    for other in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):  # noqa: S301  (what DataLoader workers and DDP do)
+        assert torch.equal(other(x), student(x))
+
+
+def test_counts_of_resnet20():
+    """ait_family.md section 2, table row ResNet-20 C10."""
+    teacher = ResNetCifar(shortcut="B").eval()
+    summary = zsq.summarize(zsq.convert(teacher, 4, 4, input_size=(3, 32, 32)))
+    assert (summary.weight_tensors, summary.quantized_weights, summary.act_quantizers) == (22, 270_896, 19)
+    others = [p for p in teacher.parameters() if p.dim() == 1]
+    assert (len(others), sum(p.numel() for p in others)) == (43, 1_578)
+    norms = zsq.nn.usable_batch_norms(teacher)
+    assert (len(norms), sum(m.num_features for m in norms.values())) == (21, 784)
+    assert summary.packed_bytes == 270_896 // 2 + 8 * 794 + 4 * 1_578 and not summary.left_float
+
+
+def test_conversion_leaves_the_float_model_alone_and_keeps_names():
+    teacher = tiny()
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    student = zsq.convert(teacher, 3, 4, input_size=(3, 8, 8))
+    for p in student.parameters():
+        p.data.add_(1)
+    student[1].running_mean.add_(1)
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert type(teacher[0]) is nn.Conv2d and type(teacher[2]) is nn.ReLU
+    missing, unexpected = student.load_state_dict(before, strict=False)
+    assert not unexpected and all(k.rsplit(".", 1)[1] in ("lo", "hi", "beta_t") for k in missing)
+
+
+def test_a_reused_rectifier_gets_one_quantizer_per_call():
+    student = zsq.convert(look_trained(Reuser()), 4, 4, input_size=(3, 8, 8))
+    assert len(student.relu.quant) == 2
+    with torch.no_grad(), zsq.nn.calibrating(student):
+        student(torch.randn(4, 3, 8, 8))
+    assert not torch.equal(student.relu.quant[0].hi, student.relu.quant[1].hi)
+    with pytest.raises(RuntimeError):
+        student(torch.randn(4, 9, 8, 8))  # fails in the first convolution; the next forward starts over
+    student(torch.randn(4, 3, 8, 8))
+    assert student.relu.next_call == 0
+    summary = str(zsq.summarize(student))
+    assert "2 act at 4 bits" in summary and "1 rectifier calls are functions" in summary
+
+
+def test_shared_modules_stay_shared():
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    student = zsq.convert(nn.Sequential(conv, nn.ReLU(), conv), 4, 4)
+    assert student[0] is student[2] and len(zsq.nn.quantized_weights(student)) == 1
+
+
+def test_what_stays_float_is_told():
+    class Own(nn.Conv2d):
+        pass
+
+    student = zsq.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.SiLU(), Own(4, 4, 1), nn.ReLU()), 4, 4, input_size=(3, 4, 4))
+    told = {s.name: s.kind for s in zsq.summarize(student).left_float}
+    assert told == {"1": "SiLU", "2": "Own"}
+
+
+def test_models_that_cannot_be_quantized():
+    with pytest.raises(UnsupportedModelError, match="nothing in the model can be quantized"):
+        zsq.convert(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)))
+    with pytest.raises(UnsupportedModelError, match="no BatchNorm2d"):
+        zsq.nn.usable_batch_norms(nn.Sequential(nn.Conv2d(3, 3, 1), nn.LayerNorm(3)))
+    with pytest.raises(UnsupportedModelError, match="keep no running statistics"):
+        zsq.nn.usable_batch_norms(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)))
+    sick = tiny()
+    sick[3].weight.data[0] = float("nan")
+    with pytest.raises(UnsupportedModelError, match="in '3.weight'"):
+        zsq.convert(sick)
+    with pytest.raises(UsageError, match="does not run on an input of size"):
+        zsq.convert(tiny(), input_size=(5, 8, 8))
+
+
+def test_tap_equals_hooks_by_hand_and_lets_go():
+    teacher = tiny()
+    x = torch.randn(8, 3, 8, 8, requires_grad=True)
+    with zsq.nn.BNStatsTap(teacher) as tap:
+        teacher(x)
+        got = tap.loss()
+    first = teacher[0](x)
+    inputs = [first, teacher[3](teacher[2](teacher[1](first)))]
+    norms = [teacher[1], teacher[4]]
+    want = sum(
+        (i.mean((0, 2, 3)) - n.running_mean).square().mean() + (i.var((0, 2, 3), correction=0) - n.running_var).square().mean()
+        for i, n in zip(inputs, norms, strict=True)
+    ) / 2  # fmt: skip
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, x)[0], torch.autograd.grad(want, x)[0], rtol=1e-4, atol=1e-7)
+    assert not any(m._forward_pre_hooks for m in teacher.modules())
+
+
+def test_training_through_the_layers(device):
+    student = zsq.convert(tiny(), 4, 4, input_size=(3, 8, 8)).to(device)
+    x = torch.randn(8, 3, 8, 8, device=device)
+    with torch.no_grad(), zsq.nn.calibrating(student):
+        student(x)
+    assert not student.training
+    student(x).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
