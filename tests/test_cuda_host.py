@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_host import toolkit
-from cuda_host.bindings import Kernels, as_c
+from cuda_host.bindings import Kernels, as_c, same, shifted
 
 from zsq_fast import reference
 
@@ -21,13 +21,6 @@ pytestmark = pytest.mark.skipif(
 )
 SHARED = Path(os.environ.get("ZSQ_SHARED") or toolkit.REPO.parent / "shared")
 DTYPES = [torch.float32, torch.float64]
-
-
-def as_c(value: object) -> object:
-    """Tensors travel as pointers, Python ints as int64; anything else that C wants as an int comes as c_int."""
-    if isinstance(value, torch.Tensor):
-        return c.c_void_p(value.data_ptr())
-    return {int: c.c_int64, float: c.c_double, bool: c.c_bool}.get(type(value), lambda v: v)(value)
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +34,6 @@ def seeded(request: pytest.FixtureRequest, kernels: Kernels) -> Kernels:
     kernels.lib.zsq_seed(c.c_uint64(request.param))
     torch.manual_seed(request.param)
     return kernels
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal bit by bit, any NaN counting as any other."""
-    bits = {torch.float32: torch.int32, torch.float64: torch.int64}.get(a.dtype, a.dtype)
-    return a.shape == b.shape and bool(((a.view(bits) == b.view(bits)) | (a.isnan() & b.isnan())).all())
-
-
-def shifted(t: torch.Tensor) -> torch.Tensor:
-    """A copy that is not 16-byte aligned."""
-    room = torch.empty(t.numel() + 1, dtype=t.dtype)
-    return room[1:].view(t.shape).copy_(t)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------

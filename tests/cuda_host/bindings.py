@@ -8,6 +8,13 @@ from pathlib import Path
 import torch
 
 
+def as_c(value: object) -> object:
+    """Tensors travel as pointers, Python ints as int64; anything else that C wants as an int comes as c_int."""
+    if isinstance(value, torch.Tensor):
+        return c.c_void_p(value.data_ptr())
+    return {int: c.c_int64, float: c.c_double, bool: c.c_bool}.get(type(value), lambda v: v)(value)
+
+
 class GiTensor(c.Structure):
     _fields_ = [(n, c.c_void_p) for n in ("weight", "grad", "momentum")] + [("rows", c.c_int32), ("cols", c.c_int32)]
 
@@ -45,3 +52,15 @@ class Kernels:
         outputs = as_c(kappa), as_c(changed)
         self("gi_sgd", table, count, *outputs, c.byref(GiOptions(**options)), as_c(scratch))
         return kappa, changed
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bit by bit, any NaN counting as any other."""
+    bits = {torch.float32: torch.int32, torch.float64: torch.int64}.get(a.dtype, a.dtype)
+    return a.shape == b.shape and bool(((a.view(bits) == b.view(bits)) | (a.isnan() & b.isnan())).all())
+
+
+def shifted(t: torch.Tensor) -> torch.Tensor:
+    """A copy that is not 16-byte aligned."""
+    room = torch.empty(t.numel() + 1, dtype=t.dtype)
+    return room[1:].view(t.shape).copy_(t)
