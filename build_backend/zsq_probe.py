@@ -28,8 +28,11 @@ _STEPS = (
     ("is a CPU build", "install a CUDA build of torch"),
     ("ZSQ_CUDA=0", "unset ZSQ_CUDA"),
     ("compiles for none", "unset TORCH_CUDA_ARCH_LIST or use a newer nvcc"),
-    ("nvcc not found", "install the CUDA toolkit of torch's major version and set CUDA_HOME"),
-    ("torch needs", "install the CUDA toolkit of torch's major version and set CUDA_HOME"),
+    (
+        "nvcc not found",
+        "set CUDA_HOME to a CUDA toolkit of torch's major version, or ZSQ_NVCC=pip (CUDA 13: from PyPI)",
+    ),
+    ("torch needs", "set CUDA_HOME to a CUDA toolkit of torch's major version, or ZSQ_NVCC=pip (CUDA 13: from PyPI)"),
 )
 
 
@@ -173,15 +176,18 @@ def usable_cmake() -> str | None:
     return path if version and (int(version[1]), int(version[2])) >= (3, 22) else None
 
 
-def _nvcc_candidates() -> list[str]:
-    if chosen := os.environ.get("ZSQ_NVCC"):
+def _nvcc_candidates(major: int) -> list[str]:
+    chosen = os.environ.get("ZSQ_NVCC")
+    # The compiler that pip put into the build environment (zsq_backend.nvcc_wheels).
+    from_pip = [str(Path(p, "nvidia", f"cu{major}", "bin", "nvcc")) for p in sys.path if p]
+    if chosen == "pip":
+        return [p for p in from_pip if os.access(p, os.X_OK)]
+    if chosen:
         return [chosen]
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     paths = [os.path.join(h, "bin", "nvcc") for h in homes if h]
     paths += [p for p in (shutil.which("nvcc"),) if p]
-    # The compiler that pip put into the build environment (see zsq_backend.nvcc_wheels).
-    paths += [str(Path(p, "nvidia", "cu13", "bin", "nvcc")) for p in sys.path if p]
-    paths += ["/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc"]
+    paths += [*from_pip, "/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc"]
     return list(dict.fromkeys(p for p in paths if os.access(p, os.X_OK)))
 
 
@@ -205,7 +211,7 @@ def find_nvcc(torch: Torch) -> tuple[Nvcc | None, str]:
     if os.environ.get("ZSQ_NVCC") == "none":
         return None, "nvcc not found: ZSQ_NVCC=none says not to look"
     notes = []
-    for path in _nvcc_candidates():
+    for path in _nvcc_candidates(torch.cuda_major):
         nvcc = _inspect_nvcc(path)
         if nvcc and int(nvcc.release.split(".")[0]) == torch.cuda_major:
             return nvcc, ""
