@@ -48,10 +48,12 @@ template <class T> ZSQ_HD Grid<T> make_grid(T lo, T hi, int bits) {
   return {scale, add(round_even(mul(scale, lo)), half), -half, half - 1};
 }
 
-// code = clamp(round(scale*x - zero_point)); NaN passes through both comparisons.
+// code = clamp(round(scale*x - zero_point)). Both comparisons are written so that NaN passes, which is also the operand order
+// in which a compiler may use one minimum and one maximum instruction.
 template <class T> ZSQ_HD T encode(T x, const Grid<T>& g) {
   const T q = round_even(sub(mul(g.scale, x), g.zero_point));
-  return q < g.code_min ? g.code_min : q > g.code_max ? g.code_max : q;
+  const T above = g.code_min > q ? g.code_min : q;
+  return g.code_max < above ? g.code_max : above;
 }
 template <class T> ZSQ_HD T decode(T code, const Grid<T>& g) { return quot(add(code, g.zero_point), g.scale); }
 template <class T> ZSQ_HD T fake_quant(T x, const Grid<T>& g) { return decode(encode(x, g), g); }
