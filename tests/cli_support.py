@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from zsq_fast import errors
 from zsq_fast.cli import main
 
 # Other processes import the package that is tested here, be it installed or the source tree.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(errors.__file__).parents[1])}
+# One thread: two on a busy machine wait for each other more than they compute.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(errors.__file__).parents[1])}
 SIZE = "3,8,8"
 
 
@@ -28,7 +30,7 @@ def schedule(**numbers: object) -> list[str]:
 
 
 # Ends within a second where a command that must be refused is not.
-SHORT = schedule(epochs=2, warmup_epochs=1, calibration_epochs=1, iterations=2, batch_size=4)
+SHORT = [*schedule(epochs=2, warmup_epochs=1, calibration_epochs=1, iterations=2, batch_size=4), "--threads", "1"]
 
 FACTORY = """
 import torch
@@ -93,12 +95,23 @@ class Tiny:
         return [f"{self.source}:{factory}", "--allow-import", "--input-size", SIZE]
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def make_tiny(root: Path) -> Tiny:
     source = root / "networks.py"
     source.write_text(FACTORY)
     space: dict[str, Callable[..., nn.Module]] = {}
     exec(FACTORY, space)
-    model = space["trained"](space["tiny"]())
+    with one_thread():
+        model = space["trained"](space["tiny"]())
     checkpoint = root / "tiny.safetensors"
     header = {"input_size": SIZE, "norm": "mean 0.5,0.5,0.5 std 0.25,0.25,0.25"}
     save_file(model.state_dict(), checkpoint, header)
@@ -123,7 +136,8 @@ def start(*words: object, **options: object) -> subprocess.Popen[str]:
 def call(capsys, *words: object) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of one command line in this process."""
     capsys.readouterr()
-    code = main([str(word) for word in words])
+    with one_thread():
+        code = main([str(word) for word in words])
     out, err = capsys.readouterr()
     return code, out, err
 

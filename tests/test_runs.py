@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from zsq_fast import errors
 from zsq_fast.errors import BadFileError, StorageError, UsageError
@@ -194,6 +195,19 @@ def test_names_cannot_leave_the_run_directory(run, name):
     (run.path / "MANIFEST.json").write_text(json.dumps(manifest))
     with pytest.raises(BadFileError):
         run.load_tensors(name)
+
+
+def test_equal_tensors_give_equal_files(run):
+    """The library orders metadata at random in each process; files are compared by SHA-256."""
+    metadata = {name: f"é{name}" for name in "qwertzuiop"}
+    tensors = {"b": torch.ones(3), "a": torch.tensor([float("nan")])}
+    path = run.save_tensors("student.safetensors", tensors, metadata)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == metadata
+        assert all(same(file.get_tensor(name), tensors[name]) for name in tensors)
+    header = json.loads(path.read_bytes()[8:].split(b"}}", 1)[0].decode() + "}}")
+    assert list(header["__metadata__"]) == sorted(metadata)
+    assert same(run.load_tensors("student.safetensors")["a"], tensors["a"])
 
 
 def test_links_out_of_the_run_directory_are_refused(run, tmp_path):

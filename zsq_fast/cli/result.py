@@ -49,7 +49,7 @@ def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     print(
         f"{result['model']}, {result['recipe']}, W{result['weight_bits']}A{result['act_bits']}, seed {result['seed']}"
     )
-    sizes = f"{result['float_bytes'] / 1e6:.2f} MB", f"{result['packed_bytes'] / 1e6:.2f} MB packed"
+    sizes = _size(result["float_bytes"]), f"{_size(result['packed_bytes'])} packed"
     top1 = result["top1"]
     rows = [(text, sizes[quantized], top1.get(key)) for key, (text, quantized) in STAGES.items()]
     for text, size, accuracy in rows:
@@ -59,6 +59,10 @@ def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     for site in result["left_float"]:
         print(f"  stays float: {site['name'] or 'the model'} ({site['kind']}): {site['why']}")
     print(f"{result['minutes']:.1f} minutes; fake-quantized student: {result['student']}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 50_000 else f"{count / 1e3:.2f} kB"
 
 
 def print_plan(job: Job, recipe: Recipe, summary: Summary, *, as_json: bool) -> None:

@@ -23,7 +23,17 @@ def pack(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = 
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    return save(copies, metadata)
+    return _ordered(save(copies, metadata)) if metadata else save(copies)
+
+
+def _ordered(data: bytes) -> bytes:
+    """The library writes metadata in random order; equal runs must give equal files."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the tensors aligned
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def entry(data: bytes, *, tensors: bool = False) -> dict[str, Any]:
