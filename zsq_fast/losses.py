@@ -23,7 +23,8 @@ def kd_kl(student: Tensor, teacher: Tensor, temperature: float = 20.0, reduction
         raise UsageError(f"kd_kl: reduction must be 'mean' or 'batchmean', got {reduction!r}")
     log_q = F.log_softmax(student / temperature, dim=1)
     log_p = F.log_softmax(teacher / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_q, log_p, reduction=reduction, log_target=True)
+    total = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    return temperature**2 * total / (student.numel() if reduction == "mean" else student.shape[0])
 
 
 def channel_attention(student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
@@ -32,8 +33,8 @@ def channel_attention(student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
     Args:
         student_feat, teacher_feat: `[N, C, H, W]`; the energy of a channel is the spatial mean of its squares.
     """
-    energies = (F.normalize(f.square().mean((2, 3)), dim=1) for f in (student_feat, teacher_feat))
-    return F.mse_loss(*energies)
+    student, teacher = (F.normalize(f.square().mean((2, 3)), dim=1) for f in (student_feat, teacher_feat))
+    return F.mse_loss(student, teacher)
 
 
 def hard_sample_ce(logits: Tensor, target: Tensor, gamma: float) -> Tensor:

@@ -48,10 +48,10 @@ class GISGD(torch.optim.Optimizer):
             raise UsageError(f"GISGD: bits must be 2 to 8, got {bits}")
         if not 0 <= threshold <= 1:
             raise UsageError(f"GISGD: threshold is a share of codes in [0, 1], got {threshold}")
-        defaults = dict(
-            lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, bits=bits, threshold=threshold,
-            search_steps=search_steps, capped=capped,
-        )  # fmt: skip
+        defaults = {
+            "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "bits": bits,
+            "threshold": threshold, "search_steps": search_steps, "capped": capped,
+        }  # fmt: skip
         super().__init__(params, defaults)
         everything = [p for group in self.param_groups for p in group["params"]]
         self.kappa = torch.zeros(len(everything), device=everything[0].device)
@@ -64,7 +64,7 @@ class GISGD(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from zsq_fast.errors import Interrupted, UsageError, ZsqError, nearest
+from zsq_fast.process import keep_freed_memory
 
 # verb: (module with `run(argv) -> exit code`, help)
 VERBS = {
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    keep_freed_memory()
     logging.basicConfig(format="zsq-fast: %(message)s")
     try:
         with warnings.catch_warnings():

@@ -54,7 +54,7 @@ class Synthesis:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "generator-init"))
             self.generator = build_generator(recipe.generator, self.num_classes, input_size)
-        self.generator.to(self.device, memory_format=layout).train()
+        self.generator.to(self.device).to(memory_format=layout).train()
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=recipe.generator.lr, betas=recipe.generator.betas)
         self.tap = BNStatsTap(self.teacher)
         self.seconds = 0.0

@@ -112,7 +112,7 @@ class Trainer:
             same = (share.recipe.generator, share.recipe.schedule, share.seed, share.input_size)
             if same != (recipe.generator, recipe.schedule, seed, self.input_size):
                 raise UsageError("trainers can share images only with the same generator, schedule, seed and input size")
-        self.synthesis = share.synthesis if share else Synthesis(teacher, recipe, input_size, seed, layout)
+        self.synthesis: Synthesis = share.synthesis if share else Synthesis(teacher, recipe, input_size, seed, layout)
         self._build_optimizers()
         self.meters = Meters(device, len(self.inundated))
         self.state = _State()

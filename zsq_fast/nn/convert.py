@@ -196,7 +196,7 @@ def convert(
             else:
                 # A shallow copy, so that children are converted rather than copied; own tensors are copied below.
                 twin = copy.copy(module)
-                twin._modules = {n: child and build(child) for n, child in module._modules.items()}  # type: ignore[misc]
+                twin._modules = {n: child and build(child) for n, child in module._modules.items()}
                 twin._parameters = copy.deepcopy(module._parameters, memo)
                 twin._buffers = copy.deepcopy(module._buffers, memo)
                 twin._forward_hooks, twin._forward_pre_hooks = module._forward_hooks.copy(), module._forward_pre_hooks.copy()
