@@ -1,0 +1,34 @@
+"""The README's Python blocks, run as they stand but for the pretrained weights (a download) and the length of the schedule."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import zsq_fast as zsq
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+SHORT = '["schedule.epochs=2", "schedule.iterations=1", "schedule.batch_size=2", "schedule.warmup_epochs=1", "schedule.calibration_epochs=1"]'
+
+
+def test_quantize_a_torchvision_network():
+    pytest.importorskip("torchvision")
+    block = next(b for b in BLOCKS if "resnet18" in b)
+    code = block.replace('weights="DEFAULT"', "weights=None").replace("seed=0)", f"seed=0, force=True, progress=False, overrides={SHORT})")
+    assert code.count("force=True") == 1 and "weights=None" in code
+    names: dict = {}
+    exec(code, names)
+    summary = zsq.summarize(names["student"])
+    # ait_family.md section 2, row ResNet-18; torchvision calls each block's one ReLU module twice
+    assert (summary.weight_tensors, summary.act_quantizers) == (21, 17) and summary.quantized_weights == 11_678_912
+    assert torch.isfinite(names["student"](torch.randn(1, 3, 224, 224))).all()
+
+
+def test_the_pieces():
+    (block,) = [b for b in BLOCKS if "GISGD" in b]
+    names: dict = {"torch": torch, "zsq": zsq}
+    exec(block, names)
+    assert names["values"].unique().numel() <= 16 * 16 and isinstance(names["act"], zsq.QuantAct)
