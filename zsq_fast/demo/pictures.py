@@ -81,16 +81,16 @@ def _tiled(images: Tensor) -> np.ndarray:
 def curves(runs: Sequence[Curve], float_accuracy: float) -> bytes:
     """PNG with one column per bit width: the student's loss above, its accuracy on the test images below."""
     widths = sorted({run.bits for run in runs}, reverse=True)
-    figure = _figure(5.2 * len(widths), 6.4)
+    figure = _figure(5.2 * len(widths), 6.8)
     panels = figure.subplots(2, len(widths), sharex="col", squeeze=False, gridspec_kw={"height_ratios": (1, 1.25)})
-    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.085, top=0.9, hspace=0.12, wspace=0.2)
+    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.17, top=0.95, hspace=0.1, wspace=0.2)
     for column, bits in enumerate(widths):
         chosen = [run for run in runs if run.bits == bits]
         _loss_panel(panels[0][column], [run for run in chosen if run.losses])
         _accuracy_panel(panels[1][column], chosen, float_accuracy)
         panels[0][column].set_title(f"{bits}-bit weights and activations", loc="left", weight="bold", color=_INK)
-    panels[0][0].set_ylabel("loss of the student, log scale")
-    panels[1][0].set_ylabel("test accuracy %")
+    panels[0][0].set_ylabel("own loss of the student, log scale", color=_INK)
+    panels[1][0].set_ylabel("test accuracy %", color=_INK)
     return _png(figure)
 
 
@@ -98,7 +98,8 @@ def _style(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_FAINT)
     axes.grid(axis="y", color=_FAINT, linewidth=0.6)
-    axes.tick_params(colors=_INK, labelsize=9, length=0)
+    axes.tick_params(which="both", colors=_INK, labelsize=9, length=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -131,6 +132,9 @@ def _accuracy_panel(axes: Any, runs: Sequence[Curve], float_accuracy: float) -> 
             axes.axhline(values[0], color=colour, linewidth=1.5, linestyle=":", label=label)
         else:
             axes.plot(steps, values, color=colour, linewidth=1.8, marker="o", markersize=3.2, label=label)
-    axes.set_ylim(max(0, lowest - 0.08 * (101 - lowest) - 1), 100.5)
+    highest = max([float_accuracy, *(value for run in runs for _, value in run.accuracies)])
+    margin = 0.06 * (highest - lowest) + 0.3
+    axes.set_ylim(max(0, lowest - margin), min(100.2, highest + margin))
     axes.set_xlabel("student steps", color=_INK)
-    axes.legend(frameon=False, fontsize=9, loc="lower right", labelcolor=_INK)
+    place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)  # below: it would cover the curves
+    axes.legend(**place, frameon=False, fontsize=9, labelcolor=_INK)
