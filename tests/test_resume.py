@@ -34,13 +34,13 @@ def stop(process, run: Path, number: signal.Signals, epochs: int) -> str:
     def lines() -> int:
         return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
-    began, deadline = lines(), time.monotonic() + 120
+    began, deadline = lines(), time.monotonic() + 300
     while lines() < began + epochs:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, "the run makes no progress"
         time.sleep(0.005)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert not (run / "student.safetensors").exists(), "it had already finished: the test is too slow"
     return err
 
@@ -86,7 +86,7 @@ def test_killed_twice_with_a_damaged_checkpoint(capsys, tiny, tmp_path):
     (newest / "student.safetensors").write_bytes(damaged)
 
     process = start("resume", run, "--quiet")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert f"step {int(newest.name[5:])}" in err and "skipped" in err
     assert "last epoch" in out

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -335,9 +336,12 @@ import torch
 torch.set_num_threads(1)  # forking with worker threads is not safe
 sys.path.insert(0, sys.argv[2])
 from test_runs import RunDir, assert_is_step, save
-path, rng, newest, waits = Path(sys.argv[1]), random.Random(5), 0, []
+path, rng, newest = Path(sys.argv[1]), random.Random(5), 0
 RunDir.create(path, {}, {}).close()
-for kill in range(40):
+began = time.monotonic()
+kills = 0
+while kills < 20 or (kills < 60 and time.monotonic() - began < 8):
+    kills += 1
     pipe = os.pipe()
     child = os.fork()
     if child == 0:
@@ -351,7 +355,7 @@ for kill in range(40):
                 if step % 5 == 0:
                     save(run, step)  # replaces a complete checkpoint
     os.close(pipe[1])
-    acknowledged = int.from_bytes(os.read(pipe[0], 8), "little") if kill < 3 else 0
+    acknowledged = int.from_bytes(os.read(pipe[0], 8), "little") if kills % 2 else 0  # else at any time
     time.sleep(rng.uniform(0.005, 0.12))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -361,23 +365,24 @@ for kill in range(40):
     with RunDir.open(path) as run:
         loaded = run.load_checkpoint()
         newest = max(newest, acknowledged)
-        assert (loaded[0] if loaded else 0) >= newest, (kill, newest)
+        assert (loaded[0] if loaded else 0) >= newest, (kills, newest)
         if loaded:
             newest = loaded[0]
             assert_is_step(loaded, newest)
             steps = [record["step"] for record in run.read_metrics()]
             assert steps[-1] == newest and sorted(set(steps)) == list(range(1, newest + 1)), steps
         assert not [p for p in path.rglob(".*") if p.name != ".lock"], "leftovers of the killed writer"
-print("kills 40, newest", newest)
+print(f"{kills} kills, newest {newest}")
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork to kill writers quickly")
 def test_sigkill_never_loses_a_saved_checkpoint(tmp_path):
     command = [sys.executable, "-c", KILLS, tmp_path / "run", Path(__file__).parent]
-    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout.split()[-1]) > 40  # the writers did write
+    kills, newest = map(int, re.findall(r"\d+", result.stdout))
+    assert kills >= 20 and newest >= kills // 2, "the writers hardly wrote"
 
 
 def test_stop_request_first_asks_second_interrupts():
