@@ -14,6 +14,8 @@ from zsq_fast.process import keep_freed_memory
 keep_freed_memory()
 
 import argparse  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
@@ -45,8 +47,13 @@ def main() -> None:
     images = load_eval_data(args.data, limit=args.limit)
     progress = Progress()
 
-    def top1(network: torch.nn.Module) -> float:
-        return evaluate(network, images, mean=loaded.mean, std=loaded.std, channels_last=args.device == "cpu").top1
+    def measure(name: str) -> Callable[[torch.nn.Module], float]:
+        def top1(network: torch.nn.Module) -> float:
+            value = evaluate(network, images, mean=loaded.mean, std=loaded.std, channels_last=args.device == "cpu").top1
+            print(f"{name} step {trainers[0].state.step}: {value:.2f}", file=sys.stderr, flush=True)
+            return value
+
+        return top1
 
     trainers: list[zsq.Trainer] = []
     for bits in args.bits:
@@ -56,7 +63,7 @@ def main() -> None:
             )
             trainers.append(
                 zsq.Trainer(
-                    teacher, recipe, input_size=(3, 32, 32), seed=args.seed, evaluate=top1, eval_every=args.eval_every,
+                    teacher, recipe, input_size=(3, 32, 32), seed=args.seed, evaluate=measure(f"{name} w{bits}a{bits}"), eval_every=args.eval_every,
                     progress=progress if not trainers else None, share=trainers[0] if trainers else None,
                 )
             )  # fmt: skip

@@ -9,7 +9,9 @@
 #ifdef __CUDACC__
 #define ZSQ_HD __host__ __device__ __forceinline__
 #else
-#define ZSQ_HD inline
+// Internal linkage: this header is compiled once per instruction set, and a function shared between the objects would be
+// whichever copy the linker takes, perhaps one that this processor cannot run.
+#define ZSQ_HD static inline __attribute__((always_inline))
 #endif
 
 namespace zsq {

@@ -4,13 +4,41 @@
 
 #include <algorithm>
 #include <cfloat>
+#include <cstdlib>
 #include <limits>
-#include <numeric>
-#include <vector>
+#include <new>
 
 namespace zsq::cpu::ZSQ_ISA {
 namespace {
 constexpr int64_t kGrain = 32768;  // elements below which a second thread costs more than it gives
+
+// Work space. Not std::vector: its functions are shared between the objects of all instruction sets, and the linker might
+// keep a copy that this processor cannot run.
+template <class T> class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t n) { grow(n); }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  // At least n elements, contents undefined; kept from call to call by thread_local users, since fresh memory in every step
+  // would cost more in page faults than the arithmetic.
+  T* grow(int64_t n) {
+    if (n > size_) {
+      std::free(data_);
+      data_ = static_cast<T*>(std::malloc(size_t(n) * sizeof(T)));
+      if (!data_) throw std::bad_alloc();
+      size_ = n;
+    }
+    return data_;
+  }
+
+ private:
+  T* data_ = nullptr;
+  int64_t size_ = 0;
+};
 }
 #include "fake_quant.inc"
 #include "bn_stats.inc"
