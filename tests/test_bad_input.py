@@ -92,6 +92,10 @@ def test_missing_arguments(capsys, tmp_path, words):
     refuse(capsys, tmp_path, words, 2, "required")
 
 
+def test_misspelt_required_option(capsys, tmp_path):
+    refuse(capsys, tmp_path, ["evaluate", "resnet20", "--dta", "x.npz"], 2, "'--dta'", "Did you mean '--data'?")
+
+
 def test_recipes(quantize, tmp_path):
     quantize(2, "'aitt'", "Did you mean 'ait'?", recipe="aitt")
     quantize(2, "absent.toml", recipe=tmp_path / "absent.toml")
@@ -105,9 +109,7 @@ RECIPE_GAP = pytest.mark.xfail(strict=True, reason="zsq_fast.methods.recipe lets
 
 
 @RECIPE_GAP
-@pytest.mark.parametrize(
-    "content", [b"\xff\xfe\x00", b"extends = 'RECIPE'", b"schedule = 3", b"title = 3"]
-)
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"extends = 'RECIPE'", b"schedule = 3", b"title = 3"])
 def test_odd_recipe_files(quantize, tmp_path, content):
     path = tmp_path / "odd.toml"
     path.write_bytes(content.replace(b"RECIPE", str(path).encode()))

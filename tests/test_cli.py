@@ -40,6 +40,14 @@ def test_as_a_module():
     assert "Did you mean 'quantize'?" in assert_one_sentence(result.stderr)
 
 
+def test_help_and_typing_errors_do_not_wait_for_torch():
+    script = "import sys; from zsq_fast.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    for words, code in (["--version"], 0), (["quantize", "--help"], 0), (["evaluate", "x", "--dta", "y"], 2):
+        command = [sys.executable, "-c", script, *words]
+        result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+        assert result.stdout.splitlines()[-1] == f"{code} False", result.stderr
+
+
 def test_recipes_and_env_print_json(capsys):
     code, out, _ = call(capsys, "recipes", "--json")
     assert code == 0 and {"gdfq", "ait"} <= json.loads(out).keys()

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from zsq_fast import __version__
 from zsq_fast.errors import Interrupted, UsageError, ZsqError, nearest
 from zsq_fast.process import keep_freed_memory
 
@@ -66,9 +67,7 @@ def _dispatch(words: list[str]) -> int:
         print(_HELP.format(verbs="\n".join(f"  {verb:<12}{text}" for verb, (_, text) in VERBS.items())))
         return 0 if words else UsageError.exit_code
     if words[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"zsq-fast {version('zsq-fast')}")
+        print(f"zsq-fast {__version__}")
         return 0
     if words[0] not in VERBS:
         raise UsageError(f"there is no verb '{words[0]}'.{nearest(words[0], VERBS)}")

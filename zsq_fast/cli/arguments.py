@@ -17,14 +17,19 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"zsq-fast {verb}", description=description, allow_abbrev=False)
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        for name in (
+            word.split("=")[0] for word in words if word.startswith("--")
+        ):  # before complaints about its absence
+            self._check_known(name)
         arguments, rest = self.parse_known_args(words)
-        unknown = [word for word in rest if word.startswith("-")] or rest
-        if unknown and unknown[0].startswith("-"):
-            name = unknown[0].split("=")[0]
-            raise UsageError(f"{self.prog} has no option '{name}'.{nearest(name, self._option_string_actions)}")
-        if unknown:
-            raise UsageError(f"{self.prog} does not know what to do with '{unknown[0]}'; see {self.prog} --help.")
+        for word in rest:
+            self._check_known(word)
+            raise UsageError(f"{self.prog} does not know what to do with '{word}'; see {self.prog} --help.")
         return arguments
+
+    def _check_known(self, name: str) -> None:
+        if name.startswith("-") and name not in self._option_string_actions:
+            raise UsageError(f"{self.prog} has no option '{name}'.{nearest(name, self._option_string_actions)}")
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help.")
