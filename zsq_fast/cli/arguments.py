@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -17,10 +18,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"zsq-fast {verb}", description=description, allow_abbrev=False)
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        for name in (
-            word.split("=")[0] for word in words if word.startswith("--")
-        ):  # before complaints about its absence
-            self._check_known(name)
+        for word in itertools.takewhile(lambda word: word != "--", words):
+            if word.startswith("--"):  # a misspelt option is better news than the missing one it was meant to be
+                self._check_known(word.split("=")[0])
         arguments, rest = self.parse_known_args(words)
         for word in rest:
             self._check_known(word)
