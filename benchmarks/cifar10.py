@@ -59,18 +59,30 @@ def main() -> None:
     for bits in args.bits:
         for name in args.recipes:
             recipe = zsq.load_recipe(
-                name, input_size=(3, 32, 32), schedule=args.schedule, overrides=args.overrides, weight_bits=bits, act_bits=bits
+                name,
+                input_size=(3, 32, 32),
+                schedule=args.schedule,
+                overrides=args.overrides,
+                weight_bits=bits,
+                act_bits=bits,
             )
             trainers.append(
                 zsq.Trainer(
-                    teacher, recipe, input_size=(3, 32, 32), seed=args.seed, evaluate=measure(f"{name} w{bits}a{bits}"), eval_every=args.eval_every,
-                    progress=progress if not trainers else None, share=trainers[0] if trainers else None,
+                    teacher,
+                    recipe,
+                    input_size=(3, 32, 32),
+                    seed=args.seed,
+                    evaluate=measure(f"{name} w{bits}a{bits}"),
+                    eval_every=args.eval_every,
+                    progress=progress if not trainers else None,
+                    share=trainers[0] if trainers else None,
                 )
-            )  # fmt: skip
+            )
     environment = record.environment()
     for trainer, result in zip(trainers, run_together(trainers), strict=True):
         recipe = trainer.recipe
-        name = f"cifar10_resnet20_{recipe.name}_w{recipe.quant.weight_bits}a{recipe.quant.act_bits}_{args.schedule}_seed{args.seed}"
+        width = f"w{recipe.quant.weight_bits}a{recipe.quant.act_bits}"
+        name = f"cifar10_resnet20_{recipe.name}_{width}_{args.schedule}_seed{args.seed}"
         minutes = round(result.seconds / 60, 2)
         values = {k: round(v, 2) for k, v in result.evaluations.items()}
         print(f"{name}: {values}, {minutes} min", flush=True)
@@ -80,7 +92,7 @@ def main() -> None:
                 "what": "CIFAR-10 ResNet-20, top-1 in percent on the test images; float, round-to-nearest (rtn), last epoch",
                 "test_images": len(images), "checkpoint_sha256": loaded.sha256, "seed": args.seed, "schedule": args.schedule,
                 "results": values, "minutes": minutes,
-                "minutes_are": "synthesis and this student's steps, without evaluations; synthesis was shared" if len(trainers) > 1 else "synthesis and student steps, without evaluations",
+                "minutes_are": f"synthesis and this student's steps, without evaluations; {len(trainers)} students shared it",
                 "summary": result.summary.to_dict(), "environment": environment, "recipe": recipe.to_dict(), "history": result.history,
             },
         )  # fmt: skip

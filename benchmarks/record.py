@@ -35,8 +35,11 @@ def environment() -> dict[str, Any]:
     from zsq_fast import _build
 
     return {
-        "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *map(os.path.basename, sys.argv[1:])]),
-        "commit": _output("git", "rev-parse", "HEAD") + ("-dirty" if _output("git", "status", "--porcelain", "--", "../zsq_fast", "../csrc") else ""),
+        "command": " ".join(
+            ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *map(os.path.basename, sys.argv[1:])]
+        ),
+        "commit": _output("git", "rev-parse", "HEAD")
+        + ("-dirty" if _output("git", "status", "--porcelain", "--", "../zsq_fast", "../csrc") else ""),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "processor": _processor(),
         "cores": os.cpu_count(),

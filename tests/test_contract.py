@@ -45,15 +45,23 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("package", sorted(ALLOWED))
 def test_import_directions(package):
-    files = [PACKAGE / f"{package}.py"] if (PACKAGE / f"{package}.py").exists() else list((PACKAGE / package).rglob("*.py"))
+    files = (
+        [PACKAGE / f"{package}.py"] if (PACKAGE / f"{package}.py").exists() else list((PACKAGE / package).rglob("*.py"))
+    )
     assert files
     for file in files:
         extra = imports(file) - ALLOWED[package] - {package}
-        assert not extra, f"{file.relative_to(ROOT)} imports {sorted(extra)}; docs/architecture.md allows {sorted(ALLOWED[package])}"
+        assert not extra, (
+            f"{file.relative_to(ROOT)} imports {sorted(extra)}; docs/architecture.md allows {sorted(ALLOWED[package])}"
+        )
 
 
 def test_every_package_has_a_rule():
-    rooms = {p.stem for p in PACKAGE.iterdir() if (p.suffix == ".py" or (p / "__init__.py").exists()) and p.stem != "__init__"}
+    rooms = {
+        p.stem
+        for p in PACKAGE.iterdir()
+        if (p.suffix == ".py" or (p / "__init__.py").exists()) and p.stem != "__init__"
+    }
     assert rooms - {"cli", "demo"} == set(ALLOWED)
 
 

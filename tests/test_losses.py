@@ -42,6 +42,8 @@ def test_hard_sample_loss(gamma, device):
     p = F.softmax(z, 1).gather(1, y[:, None]).squeeze(1)
     torch.testing.assert_close(losses.hard_sample_ce(z, y, gamma), ((1 - p) ** gamma * -p.log()).mean())
     assert torch.autograd.gradcheck(lambda t: losses.hard_sample_ce(t, y, gamma), z)
-    sure = torch.tensor([[80.0, 0.0]], device=device, requires_grad=True)  # p = 1: the published form divides by zero here
+    sure = torch.tensor(
+        [[80.0, 0.0]], device=device, requires_grad=True
+    )  # p = 1: the published form divides by zero here
     (grad,) = torch.autograd.grad(losses.hard_sample_ce(sure, torch.tensor([0], device=device), gamma), sure)
     assert grad.isfinite().all()

@@ -36,19 +36,46 @@ def test_published_numbers():
         small, large = (load_recipe(name, input_size=(3, s, s)) for s in (32, 224))
         assert (small.student.lr, large.student.lr) == (lr_small, lr_large)
         for r, batch, warmup, kind, threshold in ((small, 200, 4, "plain", 1e-3), (large, 16, 50, "conditional", 1e-4)):
-            assert (r.schedule.epochs, r.schedule.iterations, r.schedule.milestones, r.schedule.decay) == (400, 200, (100, 200, 300), 0.1)
-            assert (r.schedule.batch_size, r.schedule.warmup_epochs, r.schedule.calibration_epochs) == (batch, warmup, 4)
-            assert (r.generator.kind, r.generator.lr, r.generator.betas, r.generator.bns_weight) == (kind, 1e-3, (0.5, 0.999), 0.1)
+            assert (r.schedule.epochs, r.schedule.iterations, r.schedule.milestones, r.schedule.decay) == (
+                400,
+                200,
+                (100, 200, 300),
+                0.1,
+            )
+            assert (r.schedule.batch_size, r.schedule.warmup_epochs, r.schedule.calibration_epochs) == (
+                batch,
+                warmup,
+                4,
+            )
+            assert (r.generator.kind, r.generator.lr, r.generator.betas, r.generator.bns_weight) == (
+                kind,
+                1e-3,
+                (0.5, 0.999),
+                0.1,
+            )
             assert (r.student.temperature, r.student.kd_weight, r.student.kd_reduction) == (20.0, 1.0, "mean")
             assert (r.student.weight_decay, r.student.ce_weight, r.inundation.enabled) == (decay, ce, inundated)
-            assert not inundated or (r.inundation.threshold, r.inundation.search_steps, r.inundation.capped_epochs) == (threshold, 5, 1)
+            assert not inundated or (r.inundation.threshold, r.inundation.search_steps, r.inundation.capped_epochs) == (
+                threshold,
+                5,
+                1,
+            )
     assert load_recipe("ait", input_size=(3, 32, 32)).schedule.student_steps == 79_200
     assert load_recipe("rtn", input_size=(3, 32, 32)).schedule.student_steps == 0
 
 
 def test_decay_indices():
     schedule = load_recipe("ait", input_size=(3, 32, 32)).schedule
-    assert [round(schedule.factor(e), 6) for e in (0, 99, 100, 199, 200, 299, 300, 399)] == [1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    assert [round(schedule.factor(e), 6) for e in (0, 99, 100, 199, 200, 299, 300, 399)] == [
+        1,
+        1,
+        0.1,
+        0.1,
+        0.01,
+        0.01,
+        0.001,
+        0.001,
+    ]
 
 
 def test_recipes_load_and_come_back():
@@ -98,7 +125,10 @@ def test_recipe_from_a_file(tmp_path):
 def test_generator_structure(device):
     """ait_family.md 4.1: sizes, the damped norms, zero mean and unit variance of the images."""
     g = Generator("plain", 10, (3, 32, 32)).to(device).train()
-    assert sum(p.numel() for p in g.parameters()) == 1_051_011 + 0 or round(sum(p.numel() for p in g.parameters()) / 1e6, 2) == 1.05
+    assert (
+        sum(p.numel() for p in g.parameters()) == 1_051_011 + 0
+        or round(sum(p.numel() for p in g.parameters()) / 1e6, 2) == 1.05
+    )
     images = g(torch.randn(64, 100, device=device), torch.randint(10, (64,), device=device))
     assert images.shape == (64, 3, 32, 32)
     assert images.mean((0, 2, 3)).abs().max() < 1e-4 and (images.var((0, 2, 3)) - 1).abs().max() < 1e-2
@@ -151,7 +181,14 @@ def test_timeline():
         acts = [m for m in trainer.student.modules() if isinstance(m, zsq.QuantAct)]
         gi = trainer.gi.param_groups[0]
         weights = torch.cat([p.detach().flatten() for p in trainer.student.parameters()]).clone()
-        return weights, torch.stack([a.hi for a in acts]).clone(), gi["capped"], gi["threshold"], gi["lr"], trainer.synthesis.optimizer.param_groups[0]["lr"]
+        return (
+            weights,
+            torch.stack([a.hi for a in acts]).clone(),
+            gi["capped"],
+            gi["threshold"],
+            gi["lr"],
+            trainer.synthesis.optimizer.param_groups[0]["lr"],
+        )
 
     start, finish = snapshot(), trainer._finish_epoch
     trainer._finish_epoch = lambda epoch: (finish(epoch), seen.append(snapshot()))  # type: ignore[method-assign]
@@ -178,7 +215,9 @@ def test_teacher_is_frozen_and_untouched():
     trainer = Trainer(teacher, recipe(), input_size=SIZE)
     trainer.run()
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
-    assert all(p.requires_grad and p.grad is None for p in teacher.parameters()) and not any(m._forward_pre_hooks for m in teacher.modules())
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters()) and not any(
+        m._forward_pre_hooks for m in teacher.modules()
+    )
     assert all(not p.requires_grad and p.grad is None for p in trainer.synthesis.teacher.parameters())
 
 
@@ -196,7 +235,9 @@ def test_training_in_lockstep_equals_training_alone():
     teacher, names = tiny(), ["ait", "gdfq", "kl_only"]
     trainers: list[Trainer] = []
     for name in names:
-        trainers.append(Trainer(teacher, recipe(name), input_size=SIZE, seed=3, share=trainers[0] if trainers else None))
+        trainers.append(
+            Trainer(teacher, recipe(name), input_size=SIZE, seed=3, share=trainers[0] if trainers else None)
+        )
     for name, result in zip(names, run_together(trainers), strict=True):
         alone = train(name, teacher=teacher, seed=3)
         assert same_tensors(result.student, alone.student) and result.history == alone.history
@@ -208,12 +249,16 @@ def test_evaluations_are_reported_and_choose_nothing():
     scores = iter([90.0, 50.0, 99.0, 10.0])
     result = train(evaluate=lambda network: next(scores), eval_every=1)
     assert result.evaluations == {"float": 90.0, "rtn": 50.0, "last": 10.0}
-    assert same_tensors(result.student, train().student)  # the best-looking epoch was the third; the last one is returned
+    assert same_tensors(
+        result.student, train().student
+    )  # the best-looking epoch was the third; the last one is returned
 
 
 def test_rtn_moves_no_weight():
     teacher = tiny()
-    result = Trainer(teacher, load_recipe("rtn", input_size=SIZE, overrides=[*TINY, "schedule.epochs=2"]), input_size=SIZE).run()
+    result = Trainer(
+        teacher, load_recipe("rtn", input_size=SIZE, overrides=[*TINY, "schedule.epochs=2"]), input_size=SIZE
+    ).run()
     for name, p in teacher.state_dict().items():
         assert torch.equal(result.student.state_dict()[name], p)
 
@@ -224,7 +269,9 @@ def test_divergence_stops_with_a_name():
 
 
 def test_models_refused():
-    fresh = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    fresh = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    ).eval()
     with pytest.raises(UnsupportedModelError, match="looks untrained"):
         train(teacher=fresh)
     train(teacher=fresh, force=True)
@@ -234,7 +281,17 @@ def test_models_refused():
 
 def test_one_call(tmp_path):
     teacher = tiny()
-    student = zsq.quantize(teacher, recipe="ait", weight_bits=4, act_bits=3, input_size=SIZE, seed=0, overrides=TINY, run_dir=tmp_path / "run", progress=False)
+    student = zsq.quantize(
+        teacher,
+        recipe="ait",
+        weight_bits=4,
+        act_bits=3,
+        input_size=SIZE,
+        seed=0,
+        overrides=TINY,
+        run_dir=tmp_path / "run",
+        progress=False,
+    )
     assert zsq.summarize(student).act_quantizers == 2 and student(torch.randn(2, *SIZE)).shape == (2, 4)
     again = zsq.methods.student_like(teacher, recipe(act_bits=3), SIZE)
     from zsq_fast.runs import RunDir

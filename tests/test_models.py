@@ -130,7 +130,7 @@ def test_header_metadata_gives_size_and_normalisation(tmp_path, factory):
 
 
 def test_missing_and_unknown_files(tmp_path, factory):
-    with pytest.raises(BadFileError, match="gone.safetensors: no such file"):
+    with pytest.raises(BadFileError, match=r"gone\.safetensors: no such file"):
         load(factory, tmp_path / "gone.safetensors")
     with pytest.raises(BadFileError, match="not a known kind"):
         load(factory, tmp_path / "w.onnx")
@@ -197,7 +197,7 @@ def test_tensors_that_do_not_fit_are_named_and_nothing_is_copied(tmp_path, facto
 def test_class_count_comes_from_the_checkpoint_and_a_contradiction_is_named(tmp_path):
     path = save(ResNetCifar(20, 100), tmp_path / "w.safetensors")
     assert load_model("resnet20", path).num_classes == 100
-    with pytest.raises(BadFileError, match="made for 100 classes.*has 10"):
+    with pytest.raises(BadFileError, match=r"made for 100 classes.*has 10"):
         load_model("resnet20", path, num_classes=10)
 
 

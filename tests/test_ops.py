@@ -21,7 +21,9 @@ def same(a: Tensor, b: Tensor) -> None:
     differ = ~((a == b) | (a.isnan() & b.isnan()))
     if differ.any():
         at = tuple(differ.nonzero()[0].tolist())
-        raise AssertionError(f"{int(differ.sum())} of {a.numel()} differ, first at {at}: {a[at].item()!r} != {b[at].item()!r}")
+        raise AssertionError(
+            f"{int(differ.sum())} of {a.numel()} differ, first at {at}: {a[at].item()!r} != {b[at].item()!r}"
+        )
 
 
 def degenerate(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
@@ -123,7 +125,14 @@ def test_act_values(dtype, lo, hi, device):
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("size", [1, 31, 4096, 70001])
 def test_running_range(plain, size, device):
-    states = [[torch.tensor(float("nan"), device=device), torch.tensor(float("nan"), device=device), torch.ones((), device=device)] for _ in "ab"]
+    states = [
+        [
+            torch.tensor(float("nan"), device=device),
+            torch.tensor(float("nan"), device=device),
+            torch.ones((), device=device),
+        ]
+        for _ in "ab"
+    ]
     for _ in range(30):
         x = torch.randn(size, device=device).relu()
         got = ops.fake_quant_act_running(x, *states[0], 4, 0.9, plain)
@@ -163,11 +172,16 @@ def close(got: tuple[Tensor, ...], want: tuple[Tensor, ...], rtol: float = 1e-5)
         torch.testing.assert_close(a, b, rtol=rtol, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("shape", [(4, 8, 6, 6), (16, 3, 5, 7), (9, 70), (2, 64, 1, 1), (3, 5, 11), (2, 3, 4, 5, 6), (33, 16, 32, 32)])
+@pytest.mark.parametrize(
+    "shape", [(4, 8, 6, 6), (16, 3, 5, 7), (9, 70), (2, 64, 1, 1), (3, 5, 11), (2, 3, 4, 5, 6), (33, 16, 32, 32)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bn_stats_values_and_gradient(shape, dtype, device):
     x = (torch.randn(shape, dtype=dtype, device=device) * 2 + 0.5).requires_grad_()
-    mean, var = torch.randn(shape[1], dtype=dtype, device=device), torch.rand(shape[1], dtype=dtype, device=device) + 0.5
+    mean, var = (
+        torch.randn(shape[1], dtype=dtype, device=device),
+        torch.rand(shape[1], dtype=dtype, device=device) + 0.5,
+    )
     for layout in (torch.contiguous_format, torch.channels_last):
         if layout is torch.channels_last and len(shape) != 4:
             continue
@@ -220,10 +234,16 @@ def test_nan_in_nan_out(device):
 
 
 def samples(device: str) -> dict[str, tuple]:
-    w, x = torch.randn(6, 3, 3, 3, device=device, requires_grad=True), torch.randn(4, 6, 5, 5, device=device, requires_grad=True)
+    w, x = (
+        torch.randn(6, 3, 3, 3, device=device, requires_grad=True),
+        torch.randn(4, 6, 5, 5, device=device, requires_grad=True),
+    )
     one = [torch.ones(1, device=device) for _ in range(3)]
     mean, var = torch.randn(6, device=device), torch.rand(6, device=device)
-    weights, grads = [torch.randn(6, 3, device=device), torch.randn(4, 5, device=device)], [torch.randn(6, 3, device=device), torch.randn(4, 5, device=device)]
+    weights, grads = (
+        [torch.randn(6, 3, device=device), torch.randn(4, 5, device=device)],
+        [torch.randn(6, 3, device=device), torch.randn(4, 5, device=device)],
+    )
     momenta = [torch.zeros_like(g) for g in grads]
     kappa, changed = torch.zeros(2, device=device), torch.zeros(2, dtype=torch.int64, device=device)
     return {
@@ -250,7 +270,10 @@ def test_compiles_as_one_graph(device):
         y = torch.nn.functional.conv2d(ops.fake_quant_act(x, lo, hi, 4), ops.fake_quant_weight(w, 4))
         return y.square().mean() + ops.bn_stats_match(x, mean, var)
 
-    w, x = (t.detach() for t in (samples(device)["fake_quant_weight"][0].repeat(1, 2, 1, 1), samples(device)["fake_quant_act"][0]))
+    w, x = (
+        t.detach()
+        for t in (samples(device)["fake_quant_weight"][0].repeat(1, 2, 1, 1), samples(device)["fake_quant_act"][0])
+    )
     results = []
     for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         inputs = [w.clone().requires_grad_(), x.clone().requires_grad_()]

@@ -20,12 +20,39 @@ def problem(shapes, device="cpu", grad=1e-3, seed=0):
     return [draw(s, 0.1) for s in shapes], [draw(s, grad) for s in shapes], [draw(s, 3 * grad) for s in shapes]
 
 
-def step(function, weights, grads, momenta, lr=1e-4, momentum=0.9, nesterov=True, weight_decay=0.0, bits=4, threshold=1e-3, search_steps=5, capped=False):
+def step(
+    function,
+    weights,
+    grads,
+    momenta,
+    lr=1e-4,
+    momentum=0.9,
+    nesterov=True,
+    weight_decay=0.0,
+    bits=4,
+    threshold=1e-3,
+    search_steps=5,
+    capped=False,
+):
     """Apply one step to copies; returns weights, momenta, kappa, changed."""
     w, v = [t.clone() for t in weights], [t.clone() for t in momenta]
     kappa = torch.full((len(w),), -1.0, device=w[0].device)
     changed = torch.full((len(w),), -1, dtype=torch.int64, device=w[0].device)
-    function(w, [g.clone() for g in grads], v, kappa, changed, lr, momentum, nesterov, weight_decay, bits, threshold, search_steps, capped)
+    function(
+        w,
+        [g.clone() for g in grads],
+        v,
+        kappa,
+        changed,
+        lr,
+        momentum,
+        nesterov,
+        weight_decay,
+        bits,
+        threshold,
+        search_steps,
+        capped,
+    )
     return w, v, kappa, changed
 
 
@@ -39,7 +66,9 @@ def both(*args, **kwargs):
 
 @pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize("threshold", [1e-1, 1e-3, 1e-6])
-@pytest.mark.parametrize("options", [{}, {"nesterov": False}, {"weight_decay": 1e-2}, {"search_steps": 0}, {"search_steps": 2}, {"bits": 8}])
+@pytest.mark.parametrize(
+    "options", [{}, {"nesterov": False}, {"weight_decay": 1e-2}, {"search_steps": 0}, {"search_steps": 2}, {"bits": 8}]
+)
 def test_equals_the_reference(capped, threshold, options, device):
     weights, grads, momenta = problem(SHAPES, device)
     for lr in (1e-2, 1e-5):
@@ -49,7 +78,8 @@ def test_equals_the_reference(capped, threshold, options, device):
 @settings(max_examples=150, deadline=None)
 @given(
     rows=st.integers(1, 12), cols=st.integers(1, 90), bits=st.integers(2, 8), lr=st.sampled_from([1e-7, 1e-4, 1.0]),
-    threshold=st.sampled_from([1e-4, 0.02, 0.5]), capped=st.booleans(), grad=st.sampled_from([1e-30, 1e-3, 1e3]), seed=st.integers(0, 2**20),
+    threshold=st.sampled_from([1e-4, 0.02, 0.5]), capped=st.booleans(), grad=st.sampled_from([1e-30, 1e-3, 1e3]),
+    seed=st.integers(0, 2**20),
 )  # fmt: skip
 def test_sweep(rows, cols, bits, lr, threshold, capped, grad, seed):
     both(*problem([(rows, cols)], grad=grad, seed=seed), lr=lr, bits=bits, threshold=threshold, capped=capped)
@@ -70,7 +100,11 @@ def test_zero_gradient_changes_nothing():
     weights, _, _ = problem(SHAPES[:2])
     zeros = [torch.zeros_like(w) for w in weights]
     w, _, kappa, changed = both(weights, zeros, zeros)
-    assert kappa.tolist() == [1, 1] and changed.tolist() == [0, 0] and all(torch.equal(a, b) for a, b in zip(w, weights, strict=True))
+    assert (
+        kappa.tolist() == [1, 1]
+        and changed.tolist() == [0, 0]
+        and all(torch.equal(a, b) for a, b in zip(w, weights, strict=True))
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -109,13 +143,22 @@ def test_layouts(device):
     weights, grads, momenta = problem([shape], device)
     want = step(torch.ops.zsq.gi_sgd_, weights, grads, momenta)
     last = [t.to(memory_format=torch.channels_last) for t in (weights[0], momenta[0])]
-    for g in (grads[0], grads[0].to(memory_format=torch.channels_last), grads[0].transpose(0, 1).contiguous().transpose(0, 1)):
+    for g in (
+        grads[0],
+        grads[0].to(memory_format=torch.channels_last),
+        grads[0].transpose(0, 1).contiguous().transpose(0, 1),
+    ):
         got = step(torch.ops.zsq.gi_sgd_, [last[0]], [g], [last[1]])
-        assert all(torch.equal(a, b) for a, b in zip((*got[0], *got[1], *got[2:]), (*want[0], *want[1], *want[2:]), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip((*got[0], *got[1], *got[2:]), (*want[0], *want[1], *want[2:]), strict=True)
+        )
 
 
 def test_bits_do_not_depend_on_threads():
-    weights, grads, momenta = problem([(600, 500), (16, 9), (40, 900)])  # one wide tensor, two that go to single threads
+    weights, grads, momenta = problem(
+        [(600, 500), (16, 9), (40, 900)]
+    )  # one wide tensor, two that go to single threads
     before, seen = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
@@ -124,7 +167,10 @@ def test_bits_do_not_depend_on_threads():
     finally:
         torch.set_num_threads(before)
     for other in seen[1:]:
-        assert all(torch.equal(a, b) for a, b in zip((*other[0], *other[1], *other[2:]), (*seen[0][0], *seen[0][1], *seen[0][2:]), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip((*other[0], *other[1], *other[2:]), (*seen[0][0], *seen[0][1], *seen[0][2:]), strict=True)
+        )
 
 
 def test_optimizer_without_inundation_is_sgd(device):
@@ -156,7 +202,9 @@ def test_optimizer_groups_missing_gradients_and_state():
     assert torch.equal(again.state[params[2]]["momentum_buffer"], opt.state[params[2]]["momentum_buffer"])
 
 
-@pytest.mark.parametrize("wrong, words", [({"bits": 1}, "bits"), ({"threshold": 2}, "threshold"), ({"momentum": 0.0}, "nesterov")])
+@pytest.mark.parametrize(
+    "wrong, words", [({"bits": 1}, "bits"), ({"threshold": 2}, "threshold"), ({"momentum": 0.0}, "nesterov")]
+)
 def test_wrong_options(wrong, words):
     with pytest.raises(UsageError, match=words):
         zsq.optim.GISGD([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1, **wrong)

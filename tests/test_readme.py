@@ -11,13 +11,16 @@ import torch
 import zsq_fast as zsq
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
-SHORT = '["schedule.epochs=2", "schedule.iterations=1", "schedule.batch_size=2", "schedule.warmup_epochs=1", "schedule.calibration_epochs=1"]'
+NUMBERS = {"epochs": 2, "iterations": 1, "batch_size": 2, "warmup_epochs": 1, "calibration_epochs": 1}
+SHORT = str([f"schedule.{name}={value}" for name, value in NUMBERS.items()])
 
 
 def test_quantize_a_torchvision_network():
     pytest.importorskip("torchvision")
     block = next(b for b in BLOCKS if "resnet18" in b)
-    code = block.replace('weights="DEFAULT"', "weights=None").replace("seed=0)", f"seed=0, force=True, progress=False, overrides={SHORT})")
+    code = block.replace('weights="DEFAULT"', "weights=None").replace(
+        "seed=0)", f"seed=0, force=True, progress=False, overrides={SHORT})"
+    )
     assert code.count("force=True") == 1 and "weights=None" in code
     names: dict = {}
     exec(code, names)

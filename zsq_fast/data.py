@@ -39,7 +39,7 @@ class EvalResult(NamedTuple):
 
     top1: float
     top5: float
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls here
     seconds: float
 
 
@@ -161,7 +161,7 @@ def _decode(file: Any, name: str, size: int | None) -> Tensor:
         scaled = max(short, int(short * long / min(picture.size)))  # the longer side rounds down, as in torchvision
         wide = picture.width >= picture.height
         picture = picture.resize((scaled, short) if wide else (short, scaled), image_module.Resampling.BILINEAR)
-        left, top = (int(round((extent - crop) / 2.0)) for extent in picture.size)
+        left, top = (round((extent - crop) / 2) for extent in picture.size)
         picture = picture.crop((left, top, left + crop, top + crop))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 

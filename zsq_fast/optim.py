@@ -80,7 +80,12 @@ class GISGD(torch.optim.Optimizer):
             if with_grad:
                 options = {k: v for k, v in group.items() if k in self.defaults and k != "params"}
                 ops.gi_sgd_(
-                    with_grad, [p.grad for p in with_grad], [self._momentum_buffer(p) for p in with_grad], kappa, changed, **options
+                    with_grad,
+                    [p.grad for p in with_grad],
+                    [self._momentum_buffer(p) for p in with_grad],
+                    kappa,
+                    changed,
+                    **options,
                 )
             if not whole:  # scatter back; parameters without a gradient read 0
                 position = [start + i for i, p in enumerate(params) if p.grad is not None]

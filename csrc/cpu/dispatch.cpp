@@ -5,10 +5,16 @@
 #include "kernels.h"
 
 namespace zsq::cpu {
-namespace portable { extern const Kernels table; }
+namespace portable {
+extern const Kernels table;
+}
 #if defined(__x86_64__)
-namespace avx2 { extern const Kernels table; }
-namespace avx512 { extern const Kernels table; }
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
 #endif
 
 namespace {

@@ -1,5 +1,5 @@
-// Built once per instruction set (ZSQ_ISA = portable, avx2, avx512) with -ffp-contract=off: the same sources, the same bits.
-// Loops are written over fixed-size lanes so that the compiler vectorises them without reordering any arithmetic.
+// Built once per instruction set (ZSQ_ISA = portable, avx2, avx512) with -ffp-contract=off: the same sources, the same
+// bits. Loops are written over fixed-size lanes so that the compiler vectorises them without reordering any arithmetic.
 #include "kernels.h"
 
 #include <algorithm>
@@ -12,9 +12,10 @@ namespace zsq::cpu::ZSQ_ISA {
 namespace {
 constexpr int64_t kGrain = 32768;  // elements below which a second thread costs more than it gives
 
-// Work space. Not std::vector: its functions are shared between the objects of all instruction sets, and the linker might
-// keep a copy that this processor cannot run.
-template <class T> class Buffer {
+// Work space. Not std::vector: its functions are shared between the objects of all instruction sets, and the linker
+// might keep a copy that this processor cannot run.
+template <class T>
+class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t n) { grow(n); }
@@ -23,8 +24,8 @@ template <class T> class Buffer {
   Buffer& operator=(const Buffer&) = delete;
   T* data() { return data_; }
   T& operator[](int64_t i) { return data_[i]; }
-  // At least n elements, contents undefined; kept from call to call by thread_local users, since fresh memory in every step
-  // would cost more in page faults than the arithmetic.
+  // At least n elements, contents undefined; kept from call to call by thread_local users, since fresh memory in every
+  // step would cost more in page faults than the arithmetic.
   T* grow(int64_t n) {
     if (n > size_) {
       std::free(data_);
@@ -39,12 +40,13 @@ template <class T> class Buffer {
   T* data_ = nullptr;
   int64_t size_ = 0;
 };
-}
-#include "fake_quant.inc"
+}  // namespace
 #include "bn_stats.inc"
+#include "fake_quant.inc"
 #include "gi_sgd.inc"
 
-template <class T> constexpr TypedKernels<T> typed_table() {
+template <class T>
+constexpr TypedKernels<T> typed_table() {
   return {fake_quant_weight<T>, weight_codes<T>, fake_quant_act<T>, min_max<T>, bn_stats<T>, bn_stats_backward<T>};
 }
 #define ZSQ_STRING_(x) #x

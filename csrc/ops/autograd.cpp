@@ -1,5 +1,6 @@
-// Autograd of every differentiable operation, device independent, in C++: on CIFAR-sized layers the cost of dispatch decides.
-// The straight-through estimator of this family is the identity: no mask, no saved tensor (ait_family.md section 2).
+// Autograd of every differentiable operation, device independent, in C++: on CIFAR-sized layers the cost of dispatch
+// decides. The straight-through estimator of this family is the identity: no mask, no saved tensor (ait_family.md
+// section 2).
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -10,7 +11,8 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-template <class Signature> c10::TypedOperatorHandle<Signature> find(const char* name) {
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
@@ -31,7 +33,8 @@ Tensor call_running(const Tensor& x, Tensor& lo, Tensor& hi, Tensor& beta_t, int
   return op.call(x, lo, hi, beta_t, bits, decay, plain);
 }
 std::tuple<Tensor, Tensor, Tensor> call_bn_stats(const Tensor& x, const Tensor& mean, const Tensor& var) {
-  static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&)>("zsq::bn_stats_match");
+  static const auto op =
+      find<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&)>("zsq::bn_stats_match");
   at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(x, mean, var);
 }
@@ -45,10 +48,13 @@ struct ActFunction : torch::autograd::Function<ActFunction> {
   static Tensor forward(AutogradContext*, const Tensor& x, const Tensor& lo, const Tensor& hi, int64_t bits) {
     return call_act(x, lo, hi, bits);
   }
-  static variable_list backward(AutogradContext*, variable_list grad) { return {grad[0], Tensor(), Tensor(), Tensor()}; }
+  static variable_list backward(AutogradContext*, variable_list grad) {
+    return {grad[0], Tensor(), Tensor(), Tensor()};
+  }
 };
 struct RunningFunction : torch::autograd::Function<RunningFunction> {
-  static Tensor forward(AutogradContext*, const Tensor& x, Tensor lo, Tensor hi, Tensor beta_t, int64_t bits, double decay, bool plain) {
+  static Tensor forward(AutogradContext*, const Tensor& x, Tensor lo, Tensor hi, Tensor beta_t, int64_t bits,
+                        double decay, bool plain) {
     return call_running(x, lo, hi, beta_t, bits, decay, plain);
   }
   static variable_list backward(AutogradContext*, variable_list grad) {
@@ -63,8 +69,9 @@ struct BnStatsFunction : torch::autograd::Function<BnStatsFunction> {
     return {loss, batch_mean, batch_var};
   }
   static variable_list backward(AutogradContext* ctx, variable_list grad) {
-    static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
-        "zsq::bn_stats_match_backward");
+    static const auto op =
+        find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
+            "zsq::bn_stats_match_backward");
     const auto s = ctx->get_saved_variables();
     return {op.call(grad[0], s[0], s[1], s[2], s[3], s[4]), Tensor(), Tensor()};
   }
@@ -76,7 +83,8 @@ Tensor fake_quant_weight(const Tensor& weight, int64_t bits) {
 Tensor fake_quant_act(const Tensor& x, const Tensor& lo, const Tensor& hi, int64_t bits) {
   return wants_grad(x) ? ActFunction::apply(x, lo, hi, bits) : call_act(x, lo, hi, bits);
 }
-Tensor fake_quant_act_running(const Tensor& x, Tensor& lo, Tensor& hi, Tensor& beta_t, int64_t bits, double decay, bool plain) {
+Tensor fake_quant_act_running(const Tensor& x, Tensor& lo, Tensor& hi, Tensor& beta_t, int64_t bits, double decay,
+                              bool plain) {
   return wants_grad(x) ? RunningFunction::apply(x, lo, hi, beta_t, bits, decay, plain)
                        : call_running(x, lo, hi, beta_t, bits, decay, plain);
 }

@@ -22,10 +22,10 @@ inline void check_float(const char* op, const char* arg, const Tensor& t) {
 
 // `t` must go with `x`: same dtype and device.
 inline void check_like(const char* op, const char* arg, const Tensor& t, const char* main, const Tensor& x) {
-  TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), op, ": ", arg, " must have the dtype of ", main, " (", x.scalar_type(),
-                   "), got ", t.scalar_type());
-  TORCH_CHECK_VALUE(t.device() == x.device(), op, ": ", arg, " must be on the device of ", main, " (", x.device(), "), got ",
-                    t.device());
+  TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), op, ": ", arg, " must have the dtype of ", main, " (",
+                   x.scalar_type(), "), got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.device() == x.device(), op, ": ", arg, " must be on the device of ", main, " (", x.device(),
+                    "), got ", t.device());
 }
 
 inline void check_scalar(const char* op, const char* arg, const Tensor& t, const char* main, const Tensor& x) {
@@ -42,7 +42,8 @@ inline void check_channels(const char* op, const char* arg, const Tensor& t, con
 inline void check_weight(const char* op, const Tensor& weight, int64_t bits) {
   check_bits(op, bits);
   check_float(op, "weight", weight);
-  TORCH_CHECK_VALUE(weight.dim() >= 1, op, ": weight must have at least one dimension (the output channels), got a scalar");
+  TORCH_CHECK_VALUE(weight.dim() >= 1, op,
+                    ": weight must have at least one dimension (the output channels), got a scalar");
 }
 
 inline void check_act(const char* op, const Tensor& x, const Tensor& lo, const Tensor& hi, int64_t bits) {
@@ -63,7 +64,8 @@ inline void check_act_running(const char* op, const Tensor& x, const Tensor& lo,
 inline void check_bn_stats(const char* op, const Tensor& x, const Tensor& mean, const Tensor& var) {
   check_float(op, "x", x);
   TORCH_CHECK_VALUE(x.dim() >= 2, op, ": x must have shape [N, C, ...], got ", x.sizes());
-  TORCH_CHECK_VALUE(x.numel() > 0, op, ": x must not be empty, an empty batch has no statistics; got shape ", x.sizes());
+  TORCH_CHECK_VALUE(x.numel() > 0, op, ": x must not be empty, an empty batch has no statistics; got shape ",
+                    x.sizes());
   check_channels(op, "mean", mean, x);
   check_channels(op, "var", var, x);
 }
@@ -74,8 +76,8 @@ inline void check_gi_sgd(at::TensorList weights, at::TensorList grads, at::Tenso
   check_bits(op, o.bits);
   const auto n = weights.size();
   TORCH_CHECK_VALUE(n > 0, op, ": weights must not be empty");
-  TORCH_CHECK_VALUE(grads.size() == n && momenta.size() == n, op, ": weights, grads and momenta must be as many, got ", n, ", ",
-                    grads.size(), " and ", momenta.size());
+  TORCH_CHECK_VALUE(grads.size() == n && momenta.size() == n, op, ": weights, grads and momenta must be as many, got ",
+                    n, ", ", grads.size(), " and ", momenta.size());
   for (size_t i = 0; i < n; ++i) {
     const Tensor& w = weights[i];
     TORCH_CHECK_TYPE(w.scalar_type() == at::kFloat, op, ": weights[", i, "] must be float32, got ", w.scalar_type());
@@ -83,7 +85,8 @@ inline void check_gi_sgd(at::TensorList weights, at::TensorList grads, at::Tenso
     check_like(op, "weights[i]", w, "weights[0]", weights[0]);
     check_like(op, "grads[i]", grads[i], "weights[i]", w);
     check_like(op, "momenta[i]", momenta[i], "weights[i]", w);
-    TORCH_CHECK_VALUE(grads[i].sizes() == w.sizes(), op, ": grads[", i, "] must have shape ", w.sizes(), ", got ", grads[i].sizes());
+    TORCH_CHECK_VALUE(grads[i].sizes() == w.sizes(), op, ": grads[", i, "] must have shape ", w.sizes(), ", got ",
+                      grads[i].sizes());
     TORCH_CHECK_VALUE(momenta[i].sizes() == w.sizes(), op, ": momenta[", i, "] must have shape ", w.sizes(), ", got ",
                       momenta[i].sizes());
   }
@@ -97,15 +100,19 @@ inline void check_gi_sgd(at::TensorList weights, at::TensorList grads, at::Tenso
                     ": changed must be contiguous with shape [", n, "], got ", changed.sizes());
   TORCH_CHECK_VALUE(std::isfinite(o.lr) && o.lr >= 0, op, ": lr must be finite and not negative, got ", o.lr);
   TORCH_CHECK_VALUE(o.momentum >= 0 && o.momentum < 1, op, ": momentum must lie in [0, 1), got ", o.momentum);
-  TORCH_CHECK_VALUE(std::isfinite(o.weight_decay) && o.weight_decay >= 0, op, ": weight_decay must not be negative, got ", o.weight_decay);
-  TORCH_CHECK_VALUE(o.threshold >= 0 && o.threshold <= 1, op, ": threshold is a share of codes in [0, 1], got ", o.threshold);
+  TORCH_CHECK_VALUE(std::isfinite(o.weight_decay) && o.weight_decay >= 0, op,
+                    ": weight_decay must not be negative, got ", o.weight_decay);
+  TORCH_CHECK_VALUE(o.threshold >= 0 && o.threshold <= 1, op, ": threshold is a share of codes in [0, 1], got ",
+                    o.threshold);
   TORCH_CHECK_VALUE(o.search_steps >= 0 && o.search_steps <= kGiMaxSearchSteps, op, ": search_steps must be 0 to ",
                     kGiMaxSearchSteps, ", got ", o.search_steps);
 }
 
-// ---- layouts -----------------------------------------------------------------------------------------------------------
+// ---- layouts
+// -----------------------------------------------------------------------------------------------------------
 
-// Rows (output channels) that lie one after the other, in any inner order: contiguous and channels_last weights both do.
+// Rows (output channels) that lie one after the other, in any inner order: contiguous and channels_last weights both
+// do.
 inline bool has_dense_rows(const Tensor& w) {
   return w.is_non_overlapping_and_dense() && (w.size(0) <= 1 || w.stride(0) == w.numel() / w.size(0));
 }
@@ -113,7 +120,7 @@ inline Tensor with_dense_rows(const Tensor& w) { return has_dense_rows(w) ? w : 
 inline Tensor dense(const Tensor& x) { return x.is_non_overlapping_and_dense() ? x : x.contiguous(); }
 
 struct ChannelView {
-  Tensor x;             // dense, [N, C, S] in memory, or [N, S, C] when channels_last
+  Tensor x;  // dense, [N, C, S] in memory, or [N, S, C] when channels_last
   int64_t n, c, s;
   bool channels_last;
 };
@@ -126,6 +133,7 @@ inline ChannelView channel_view(const Tensor& x) {
 
 // The row view of a gradient or momentum buffer must follow the weight's own strides.
 inline Tensor strided_like(const Tensor& t, const Tensor& weight) {
-  return t.strides() == weight.strides() ? t : at::empty_strided(weight.sizes(), weight.strides(), t.options()).copy_(t);
+  return t.strides() == weight.strides() ? t
+                                         : at::empty_strided(weight.sizes(), weight.strides(), t.options()).copy_(t);
 }
 }  // namespace zsq

@@ -14,7 +14,10 @@ namespace {
 int threads() { return at::get_num_threads(); }
 
 // Calls f with a value of the tensor's element type.
-template <class F> auto by_type(const Tensor& t, F f) { return t.scalar_type() == at::kDouble ? f(double{}) : f(float{}); }
+template <class F>
+auto by_type(const Tensor& t, F f) {
+  return t.scalar_type() == at::kDouble ? f(double{}) : f(float{});
+}
 
 Tensor fake_quant_weight(const Tensor& weight_in, int64_t bits) {
   check_weight("fake_quant_weight", weight_in, bits);
@@ -23,8 +26,9 @@ Tensor fake_quant_weight(const Tensor& weight_in, int64_t bits) {
   if (weight.numel() == 0) return out;
   by_type(weight, [&](auto zero) {
     using T = decltype(zero);
-    cpu::typed<T>(cpu::kernels()).fake_quant_weight(weight.const_data_ptr<T>(), out.mutable_data_ptr<T>(), weight.size(0),
-                                                   weight.numel() / weight.size(0), int(bits), threads());
+    cpu::typed<T>(cpu::kernels())
+        .fake_quant_weight(weight.const_data_ptr<T>(), out.mutable_data_ptr<T>(), weight.size(0),
+                           weight.numel() / weight.size(0), int(bits), threads());
   });
   return out;
 }
@@ -32,13 +36,15 @@ Tensor fake_quant_weight(const Tensor& weight_in, int64_t bits) {
 std::tuple<Tensor, Tensor, Tensor> weight_codes(const Tensor& weight_in, int64_t bits) {
   check_weight("weight_codes", weight_in, bits);
   const Tensor weight = with_dense_rows(weight_in);
-  Tensor codes = at::empty_like(weight), scale = at::empty({weight.size(0)}, weight.options()), lo_code = at::empty_like(scale);
+  Tensor codes = at::empty_like(weight), scale = at::empty({weight.size(0)}, weight.options()),
+         lo_code = at::empty_like(scale);
   if (weight.numel() == 0) return {codes, scale, lo_code};
   by_type(weight, [&](auto zero) {
     using T = decltype(zero);
     cpu::typed<T>(cpu::kernels())
         .weight_codes(weight.const_data_ptr<T>(), codes.mutable_data_ptr<T>(), scale.mutable_data_ptr<T>(),
-                      lo_code.mutable_data_ptr<T>(), weight.size(0), weight.numel() / weight.size(0), int(bits), threads());
+                      lo_code.mutable_data_ptr<T>(), weight.size(0), weight.numel() / weight.size(0), int(bits),
+                      threads());
   });
   return {codes, scale, lo_code};
 }
@@ -49,13 +55,15 @@ Tensor fake_quant_act(const Tensor& x_in, const Tensor& lo, const Tensor& hi, in
   Tensor out = at::empty_like(x);
   by_type(x, [&](auto zero) {
     using T = decltype(zero);
-    cpu::typed<T>(cpu::kernels()).fake_quant_act(x.const_data_ptr<T>(), *lo.const_data_ptr<T>(), *hi.const_data_ptr<T>(),
-                                                out.mutable_data_ptr<T>(), x.numel(), int(bits), threads());
+    cpu::typed<T>(cpu::kernels())
+        .fake_quant_act(x.const_data_ptr<T>(), *lo.const_data_ptr<T>(), *hi.const_data_ptr<T>(),
+                        out.mutable_data_ptr<T>(), x.numel(), int(bits), threads());
   });
   return out;
 }
 
-Tensor fake_quant_act_running(const Tensor& x_in, Tensor& lo, Tensor& hi, Tensor& beta_t, int64_t bits, double decay, bool plain) {
+Tensor fake_quant_act_running(const Tensor& x_in, Tensor& lo, Tensor& hi, Tensor& beta_t, int64_t bits, double decay,
+                              bool plain) {
   check_act_running("fake_quant_act_running", x_in, lo, hi, beta_t, bits, decay);
   const Tensor x = dense(x_in);
   Tensor out = at::empty_like(x);
@@ -64,12 +72,14 @@ Tensor fake_quant_act_running(const Tensor& x_in, Tensor& lo, Tensor& hi, Tensor
     const auto& k = cpu::typed<T>(cpu::kernels());
     T seen_lo, seen_hi;
     k.min_max(x.const_data_ptr<T>(), x.numel(), &seen_lo, &seen_hi, threads());
-    T &state_lo = *lo.mutable_data_ptr<T>(), &state_hi = *hi.mutable_data_ptr<T>(), &beta = *beta_t.mutable_data_ptr<T>();
+    T &state_lo = *lo.mutable_data_ptr<T>(), &state_hi = *hi.mutable_data_ptr<T>(),
+      &beta = *beta_t.mutable_data_ptr<T>();
     const T before = beta, d = T(decay);
     beta = mul(before, d);
     state_lo = track(state_lo, seen_lo, before, beta, d, plain);
     state_hi = track(state_hi, seen_hi, before, beta, d, plain);
-    k.fake_quant_act(x.const_data_ptr<T>(), state_lo, state_hi, out.mutable_data_ptr<T>(), x.numel(), int(bits), threads());
+    k.fake_quant_act(x.const_data_ptr<T>(), state_lo, state_hi, out.mutable_data_ptr<T>(), x.numel(), int(bits),
+                     threads());
   });
   return out;
 }
@@ -82,8 +92,13 @@ std::tuple<Tensor, Tensor, Tensor> bn_stats_match(const Tensor& x, const Tensor&
   by_type(x, [&](auto zero) {
     using T = decltype(zero);
     cpu::typed<T>(cpu::kernels())
-        .bn_stats({v.x.const_data_ptr<T>(), m.const_data_ptr<T>(), s.const_data_ptr<T>(), loss.mutable_data_ptr<T>(),
-                   batch_mean.mutable_data_ptr<T>(), batch_var.mutable_data_ptr<T>(), {v.n, v.c, v.s, v.channels_last}},
+        .bn_stats({v.x.const_data_ptr<T>(),
+                   m.const_data_ptr<T>(),
+                   s.const_data_ptr<T>(),
+                   loss.mutable_data_ptr<T>(),
+                   batch_mean.mutable_data_ptr<T>(),
+                   batch_var.mutable_data_ptr<T>(),
+                   {v.n, v.c, v.s, v.channels_last}},
                   threads());
   });
   return {loss, batch_mean, batch_var};
@@ -102,16 +117,22 @@ Tensor bn_stats_match_backward(const Tensor& grad_loss, const Tensor& x, const T
   by_type(x, [&](auto zero) {
     using T = decltype(zero);
     cpu::typed<T>(cpu::kernels())
-        .bn_stats_backward({grad_loss.const_data_ptr<T>(), v.x.const_data_ptr<T>(), m.const_data_ptr<T>(), s.const_data_ptr<T>(),
-                            bm.const_data_ptr<T>(), bv.const_data_ptr<T>(), grad_x.mutable_data_ptr<T>(),
+        .bn_stats_backward({grad_loss.const_data_ptr<T>(),
+                            v.x.const_data_ptr<T>(),
+                            m.const_data_ptr<T>(),
+                            s.const_data_ptr<T>(),
+                            bm.const_data_ptr<T>(),
+                            bv.const_data_ptr<T>(),
+                            grad_x.mutable_data_ptr<T>(),
                             {v.n, v.c, v.s, v.channels_last}},
                            threads());
   });
   return grad_x;
 }
 
-void gi_sgd_(at::TensorList weights, at::TensorList grads, at::TensorList momenta, Tensor& kappa, Tensor& changed, double lr,
-             double momentum, bool nesterov, double weight_decay, int64_t bits, double threshold, int64_t search_steps, bool capped) {
+void gi_sgd_(at::TensorList weights, at::TensorList grads, at::TensorList momenta, Tensor& kappa, Tensor& changed,
+             double lr, double momentum, bool nesterov, double weight_decay, int64_t bits, double threshold,
+             int64_t search_steps, bool capped) {
   const GiOptions options{lr, momentum, weight_decay, threshold, int(bits), int(search_steps), nesterov, capped};
   check_gi_sgd(weights, grads, momenta, kappa, changed, options);
   std::vector<Tensor> w, g, v;  // keep the copies of odd layouts alive; weights and momenta are written back
@@ -121,8 +142,8 @@ void gi_sgd_(at::TensorList weights, at::TensorList grads, at::TensorList moment
     g.push_back(strided_like(grads[i], w[i]));
     v.push_back(strided_like(momenta[i], w[i]));
     const int64_t rows = w[i].size(0);
-    tensors.push_back({w[i].mutable_data_ptr<float>(), g[i].const_data_ptr<float>(), v[i].mutable_data_ptr<float>(), rows,
-                       rows ? w[i].numel() / rows : 0});
+    tensors.push_back({w[i].mutable_data_ptr<float>(), g[i].const_data_ptr<float>(), v[i].mutable_data_ptr<float>(),
+                       rows, rows ? w[i].numel() / rows : 0});
   }
   cpu::kernels().gi_sgd(tensors.data(), int64_t(tensors.size()), options, kappa.mutable_data_ptr<float>(),
                         changed.mutable_data_ptr<int64_t>(), threads());

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cli.arguments import Parser, integer
-from ..data import evaluate
-from ..methods import Recipe, Result, Trainer, load_recipe, run_together
-from ..runs import Progress
-from ..runs.storage import replace_file, to_json, writing
-from .digits import SIDE, TEST_IMAGES, Digits, Settings, load_digits, trained_network
-from .pictures import Curve, contact_sheet, curves
-from .table import Row, markdown, print_table
+from zsq_fast.cli.arguments import Parser, integer
+from zsq_fast.data import evaluate
+from zsq_fast.demo.digits import SIDE, TEST_IMAGES, Digits, Settings, load_digits, trained_network
+from zsq_fast.demo.pictures import Curve, contact_sheet, curves
+from zsq_fast.demo.table import Row, markdown, print_table
+from zsq_fast.methods import Recipe, Result, Trainer, load_recipe, run_together
+from zsq_fast.runs import Progress
+from zsq_fast.runs.storage import replace_file, to_json, writing
 
 METHODS, BITS, INPUT = ("gdfq", "kl_only", "ait"), (4, 3), (1, SIDE, SIDE)
 NOTE = (

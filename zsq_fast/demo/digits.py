@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data import EvalData
-from ..errors import BadFileError, StorageError, UsageError
-from ..models import ResNetCifar, apply_checkpoint, read_checkpoint
-from ..runs.storage import replace_file, writing
-from ..runs.tensors import pack
+from zsq_fast.data import EvalData
+from zsq_fast.errors import BadFileError, StorageError, UsageError
+from zsq_fast.models import ResNetCifar, apply_checkpoint, read_checkpoint
+from zsq_fast.runs.storage import replace_file, writing
+from zsq_fast.runs.tensors import pack
 
 SIDE, TEST_IMAGES = 16, 600  # 8x8 pictures doubled: the generator starts at a quarter of the side
 

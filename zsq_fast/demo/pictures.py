@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..errors import UsageError
-from .table import TITLES
+from zsq_fast.demo.table import TITLES
+from zsq_fast.errors import UsageError
 
 COLOURS = {"rtn": "#868b94", "gdfq": "#0072b2", "kl_only": "#e69f00", "ait": "#c4371f"}
 _INK, _FAINT = "#22252b", "#d9dce1"

@@ -14,7 +14,16 @@ from zsq_fast.methods.trainer import Result, Trainer, run_together
 from zsq_fast.nn import convert
 from zsq_fast.runs import Progress, RunDir
 
-__all__ = ["Recipe", "Result", "Trainer", "available_recipes", "load_recipe", "quantize", "run_together", "student_like"]
+__all__ = [
+    "Recipe",
+    "Result",
+    "Trainer",
+    "available_recipes",
+    "load_recipe",
+    "quantize",
+    "run_together",
+    "student_like",
+]
 
 
 def quantize(
@@ -55,12 +64,22 @@ def quantize(
         raise UsageError("input_size is needed, for example input_size=(3, 224, 224)")
     if isinstance(recipe, str):
         recipe = load_recipe(
-            recipe, input_size=input_size, schedule=schedule, overrides=overrides, weight_bits=weight_bits, act_bits=act_bits
+            recipe,
+            input_size=input_size,
+            schedule=schedule,
+            overrides=overrides,
+            weight_bits=weight_bits,
+            act_bits=act_bits,
         )
     elif overrides or weight_bits or act_bits:
         raise UsageError("a resolved Recipe already holds its numbers: give bits and overrides to load_recipe")
     options: dict[str, Any] = dict(
-        input_size=input_size, seed=seed, evaluate=evaluate, progress=Progress(quiet=not progress), channels_last=channels_last, force=force
+        input_size=input_size,
+        seed=seed,
+        evaluate=evaluate,
+        progress=Progress(quiet=not progress),
+        channels_last=channels_last,
+        force=force,
     )
     if run_dir is None:
         return Trainer(teacher, recipe, **options).run().student
@@ -76,6 +95,8 @@ def student_like(teacher: nn.Module, recipe: Recipe, input_size: Sequence[int]) 
     """The untrained student of a recipe, to load a finished one's `state_dict` into; in eval mode, ranges frozen."""
     from zsq_fast.nn import freeze_ranges
 
-    student = convert(teacher, recipe.quant.weight_bits, recipe.quant.act_bits, ema=recipe.quant.ema, input_size=input_size).eval()
+    student = convert(
+        teacher, recipe.quant.weight_bits, recipe.quant.act_bits, ema=recipe.quant.ema, input_size=input_size
+    ).eval()
     freeze_ranges(student)
     return student

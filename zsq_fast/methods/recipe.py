@@ -52,7 +52,12 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("epochs", "iterations", "batch_size", "calibration_epochs"):
             _require(getattr(self, name) >= 1, f"schedule.{name}", "at least 1", getattr(self, name))
-        _require(self.batch_size >= 2, "schedule.batch_size", "at least 2 (the generator normalises over the batch)", self.batch_size)
+        _require(
+            self.batch_size >= 2,
+            "schedule.batch_size",
+            "at least 2 (the generator normalises over the batch)",
+            self.batch_size,
+        )
         _require(self.warmup_epochs >= self.calibration_epochs, "schedule.warmup_epochs",
                  f"at least schedule.calibration_epochs ({self.calibration_epochs}): ranges must settle before the student trains",
                  self.warmup_epochs)  # fmt: skip
@@ -84,7 +89,12 @@ class Generator:
         _require(self.kind in ("plain", "conditional"), "generator.kind", "'plain' or 'conditional'", self.kind)
         _require(self.latent >= 1, "generator.latent", "at least 1", self.latent)
         _require(self.lr > 0, "generator.lr", "positive", self.lr)
-        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "generator.betas", "two numbers in [0, 1)", self.betas)
+        _require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "generator.betas",
+            "two numbers in [0, 1)",
+            self.betas,
+        )
 
 
 @dataclass(frozen=True)
@@ -104,8 +114,18 @@ class Student:
         _require(not self.nesterov or self.momentum > 0, "student.nesterov", "false without momentum", self.nesterov)
         _require(self.weight_decay >= 0, "student.weight_decay", "at least 0", self.weight_decay)
         _require(self.temperature > 0, "student.temperature", "positive", self.temperature)
-        _require(self.kd_reduction in ("mean", "batchmean"), "student.kd_reduction", "'mean' or 'batchmean'", self.kd_reduction)
-        _require(self.ce_weight > 0 or self.kd_weight > 0, "student.kd_weight", "positive when ce_weight is 0", self.kd_weight)
+        _require(
+            self.kd_reduction in ("mean", "batchmean"),
+            "student.kd_reduction",
+            "'mean' or 'batchmean'",
+            self.kd_reduction,
+        )
+        _require(
+            self.ce_weight > 0 or self.kd_weight > 0,
+            "student.kd_weight",
+            "positive when ce_weight is 0",
+            self.kd_weight,
+        )
 
 
 @dataclass(frozen=True)
@@ -183,7 +203,9 @@ def _merge(base: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _builtin() -> dict[str, Any]:
-    return {p.name[:-5]: p for p in resources.files("zsq_fast").joinpath("recipes").iterdir() if p.name.endswith(".toml")}
+    return {
+        p.name[:-5]: p for p in resources.files("zsq_fast").joinpath("recipes").iterdir() if p.name.endswith(".toml")
+    }
 
 
 def available_recipes() -> dict[str, str]:

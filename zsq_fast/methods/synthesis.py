@@ -40,7 +40,9 @@ class Synthesis:
     Context manager: inside, the teacher's batch norms are tapped.
     """
 
-    def __init__(self, teacher: nn.Module, recipe: Recipe, input_size: Sequence[int], seed: int, layout: torch.memory_format):
+    def __init__(
+        self, teacher: nn.Module, recipe: Recipe, input_size: Sequence[int], seed: int, layout: torch.memory_format
+    ):
         self.recipe, self.seed = recipe, seed
         self.device = next(teacher.parameters()).device
         # A frozen copy saves a third of the teacher's backward pass and keeps the user's network out of our graphs.
@@ -55,7 +57,9 @@ class Synthesis:
             torch.manual_seed(derive_seed(seed, "generator-init"))
             self.generator = build_generator(recipe.generator, self.num_classes, input_size)
         self.generator.to(self.device).to(memory_format=layout).train()
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=recipe.generator.lr, betas=recipe.generator.betas)
+        self.optimizer = torch.optim.Adam(
+            self.generator.parameters(), lr=recipe.generator.lr, betas=recipe.generator.betas
+        )
         self.tap = BNStatsTap(self.teacher)
         self.seconds = 0.0
 
@@ -70,7 +74,9 @@ class Synthesis:
         """Images and labels of an iteration from the generator as it is now, without training it."""
         noise, labels = self.sample(step)
         with torch.no_grad():
-            return copy.deepcopy(self.generator)(noise, labels), labels  # a copy: in train mode its running statistics would move
+            return copy.deepcopy(self.generator)(
+                noise, labels
+            ), labels  # a copy: in train mode its running statistics would move
 
     def step(self, step: int) -> Batch:
         """One generator step; the images and logits are those from before it."""

@@ -111,7 +111,9 @@ class Trainer:
         if share is not None:
             same = (share.recipe.generator, share.recipe.schedule, share.seed, share.input_size)
             if same != (recipe.generator, recipe.schedule, seed, self.input_size):
-                raise UsageError("trainers can share images only with the same generator, schedule, seed and input size")
+                raise UsageError(
+                    "trainers can share images only with the same generator, schedule, seed and input size"
+                )
         self.synthesis: Synthesis = share.synthesis if share else Synthesis(teacher, recipe, input_size, seed, layout)
         self._build_optimizers()
         self.meters = Meters(device, len(self.inundated))
@@ -121,13 +123,19 @@ class Trainer:
         spec = self.recipe.student
         self.inundated = znn.quantized_weights(self.student) if self.recipe.inundation.enabled else {}
         taken = {id(p) for p in self.inundated.values()}
-        sgd: dict[str, Any] = dict(lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov, weight_decay=spec.weight_decay)
+        sgd: dict[str, Any] = dict(
+            lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov, weight_decay=spec.weight_decay
+        )
         rest = [p for p in self.student.parameters() if id(p) not in taken]
         self.optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(rest, **sgd)] if rest else []
         if self.inundated:
             gi = self.recipe.inundation
             self.gi = GISGD(
-                self.inundated.values(), **sgd, bits=self.recipe.quant.weight_bits, threshold=gi.threshold, search_steps=gi.search_steps
+                self.inundated.values(),
+                **sgd,
+                bits=self.recipe.quant.weight_bits,
+                threshold=gi.threshold,
+                search_steps=gi.search_steps,
             )
             self.optimizers.append(self.gi)
 
@@ -211,7 +219,10 @@ class Trainer:
     def _check_finite(self, record: dict[str, Any]) -> None:
         bad = next((n for n, v in record.items() if isinstance(v, float) and not math.isfinite(v)), None)
         if bad is None:
-            bad = next((f"the weight {n}" for n, p in self.student.named_parameters() if not bool(torch.isfinite(p).all())), None)
+            bad = next(
+                (f"the weight {n}" for n, p in self.student.named_parameters() if not bool(torch.isfinite(p).all())),
+                None,
+            )
         if bad is not None:
             kept = " The last checkpoint is sound." if self.run_dir else ""
             raise TrainingError(
@@ -225,7 +236,12 @@ class Trainer:
     def _result(self) -> Result:
         state = self.state
         return Result(
-            self.student, self.synthesis, self.summary, state.history, state.evaluations, state.seconds + self.synthesis.seconds
+            self.student,
+            self.synthesis,
+            self.summary,
+            state.history,
+            state.evaluations,
+            state.seconds + self.synthesis.seconds,
         )
 
     def _stop(self, signal: int) -> None:
@@ -233,12 +249,17 @@ class Trainer:
             raise Interrupted("stopped; nothing was saved because there is no run directory (--out).", signal)
         if self.state.step % self.recipe.schedule.iterations:  # at an epoch's end it has just been saved
             self.save()
-        raise Interrupted(f"stopped at step {self.state.step} and saved; go on with: zsq-fast resume {self.run_dir.path}", signal)
+        raise Interrupted(
+            f"stopped at step {self.state.step} and saved; go on with: zsq-fast resume {self.run_dir.path}", signal
+        )
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
     def _all_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"generator_optimizer": self.synthesis.optimizer, **{f"student_optimizer{i}": o for i, o in enumerate(self.optimizers)}}
+        return {
+            "generator_optimizer": self.synthesis.optimizer,
+            **{f"student_optimizer{i}": o for i, o in enumerate(self.optimizers)},
+        }
 
     def save(self) -> None:
         """Write a checkpoint of the whole state into the run directory, if there is one."""
@@ -251,7 +272,9 @@ class Trainer:
         }
         for name, optimizer in self._all_optimizers().items():
             saved = optimizer.state_dict()["state"]
-            groups[name] = {f"{i}.{k}": torch.as_tensor(v) for i, entry in saved.items() for k, v in entry.items() if v is not None}
+            groups[name] = {
+                f"{i}.{k}": torch.as_tensor(v) for i, entry in saved.items() for k, v in entry.items() if v is not None
+            }
         state = {
             "seconds": self.state.seconds,
             "synthesis_seconds": self.synthesis.seconds,

@@ -1,6 +1,15 @@
 """Layers, whole-model conversion, and taps on batch-norm statistics."""
 
-from zsq_fast.nn.convert import ActThenQuant, Site, Summary, calibrating, convert, freeze_ranges, quantized_weights, summarize
+from zsq_fast.nn.conversion import (
+    ActThenQuant,
+    Site,
+    Summary,
+    calibrating,
+    convert,
+    freeze_ranges,
+    quantized_weights,
+    summarize,
+)
 from zsq_fast.nn.layers import QuantAct, QuantConv2d, QuantLinear
 from zsq_fast.nn.taps import BNStatsTap, usable_batch_norms
 

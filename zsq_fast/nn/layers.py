@@ -54,7 +54,9 @@ class QuantLinear(nn.Linear):
     @classmethod
     def from_float(cls, linear: nn.Linear, weight_bits: int = 4) -> QuantLinear:
         """A quantized copy of a float layer; the layer itself is not touched."""
-        new = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta", weight_bits=weight_bits)
+        new = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, device="meta", weight_bits=weight_bits
+        )
         return _adopt(new, linear)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -114,7 +116,9 @@ class QuantAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and not self.frozen:
-            return ops.fake_quant_act_running(x, self.lo, self.hi, self.beta_t, self.bits, self.decay, self.ema == "plain")
+            return ops.fake_quant_act_running(
+                x, self.lo, self.hi, self.beta_t, self.bits, self.decay, self.ema == "plain"
+            )
         return ops.fake_quant_act(x, self.lo, self.hi, self.bits)
 
     def extra_repr(self) -> str:

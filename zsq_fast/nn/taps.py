@@ -34,7 +34,8 @@ def usable_batch_norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
 
 def look_untrained(norms: dict[str, nn.BatchNorm2d]) -> bool:
     """Whether every running statistic still has its initial value (mean 0, variance 1)."""
-    return all(bool((m.running_mean == 0).all()) and bool((m.running_var == 1).all()) for m in norms.values())
+    means, variances = ([getattr(m, name) for m in norms.values()] for name in ("running_mean", "running_var"))
+    return not any(bool(m.any()) for m in means) and all(bool((v == 1).all()) for v in variances)
 
 
 class BNStatsTap:
@@ -67,7 +68,9 @@ class BNStatsTap:
     def loss(self) -> Tensor:
         """Mean over the batch-norm layers run since the last call, a scalar (GDFQ L_BNS; ait_family.md section 3)."""
         if not self._losses:
-            raise UnsupportedModelError("no batch norm was run: the model's forward does not reach its BatchNorm2d layers.")
+            raise UnsupportedModelError(
+                "no batch norm was run: the model's forward does not reach its BatchNorm2d layers."
+            )
         total = torch.stack(self._losses).mean()
         self._losses.clear()
         return total

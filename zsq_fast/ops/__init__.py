@@ -13,7 +13,15 @@ from torch import Tensor
 
 from zsq_fast.ops import library
 
-__all__ = ["backends", "bn_stats_match", "fake_quant_act", "fake_quant_act_running", "fake_quant_weight", "gi_sgd_", "weight_codes"]
+__all__ = [
+    "backends",
+    "bn_stats_match",
+    "fake_quant_act",
+    "fake_quant_act_running",
+    "fake_quant_weight",
+    "gi_sgd_",
+    "weight_codes",
+]
 
 # Resolved once: an attribute chain through torch.ops costs as much as a small kernel.
 _fake_quant_weight = torch.ops.zsq.fake_quant_weight.default

@@ -173,10 +173,14 @@ def convert(
     check_bits("act_bits", act_bits)
     for name, p in model.named_parameters():
         if not bool(torch.isfinite(p).all()):
-            raise UnsupportedModelError(f"the weights hold NaN or infinite values in '{name}'; load a sound checkpoint.")
+            raise UnsupportedModelError(
+                f"the weights hold NaN or infinite values in '{name}'; load a sound checkpoint."
+            )
     if not any(type(m) in (nn.Conv2d, nn.Linear) for m in model.modules()):
         kinds = ", ".join(sorted({type(m).__name__ for m in model.modules()})[:12])
-        raise UnsupportedModelError(f"nothing in the model can be quantized: no nn.Conv2d or nn.Linear (it holds {kinds}).")
+        raise UnsupportedModelError(
+            f"nothing in the model can be quantized: no nn.Conv2d or nn.Linear (it holds {kinds})."
+        )
     if sum(p.numel() for p in model.parameters()) and input_size is not None:
         calls, functional = _count_calls(model, input_size)
     else:
@@ -192,14 +196,19 @@ def convert(
             elif type(module) is nn.Linear:
                 done[id(module)] = QuantLinear.from_float(module, weight_bits)
             elif _is_relu(module) and calls[id(module)]:
-                done[id(module)] = ActThenQuant(copy.deepcopy(module), act_bits, ema, calls[id(module)]).train(module.training)
+                done[id(module)] = ActThenQuant(copy.deepcopy(module), act_bits, ema, calls[id(module)]).train(
+                    module.training
+                )
             else:
                 # A shallow copy, so that children are converted rather than copied; own tensors are copied below.
                 twin = copy.copy(module)
                 twin._modules = {n: child and build(child) for n, child in module._modules.items()}
                 twin._parameters = copy.deepcopy(module._parameters, memo)
                 twin._buffers = copy.deepcopy(module._buffers, memo)
-                twin._forward_hooks, twin._forward_pre_hooks = module._forward_hooks.copy(), module._forward_pre_hooks.copy()
+                twin._forward_hooks, twin._forward_pre_hooks = (
+                    module._forward_hooks.copy(),
+                    module._forward_pre_hooks.copy(),
+                )
                 done[id(module)] = twin
         return done[id(module)]
 
@@ -226,7 +235,9 @@ def _sites(model: nn.Module) -> Iterator[Site]:
             yield Site(name, type(m).__name__, None, note="only ReLU and ReLU6 outputs are quantized")
     functional = getattr(model, "zsq_functional_relus", 0)
     if functional:
-        yield Site("", "F.relu", None, note=f"{functional} rectifier calls are functions, not modules; use nn.ReLU modules")
+        yield Site(
+            "", "F.relu", None, note=f"{functional} rectifier calls are functions, not modules; use nn.ReLU modules"
+        )
 
 
 def summarize(model: nn.Module) -> Summary:
@@ -238,7 +249,11 @@ def summarize(model: nn.Module) -> Summary:
 
 def quantized_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weight of every quantized layer, by parameter name."""
-    return {f"{n}.weight" if n else "weight": m.weight for n, m in model.named_modules() if isinstance(m, (QuantConv2d, QuantLinear))}
+    found: dict[str, nn.Parameter] = {}
+    for name, m in model.named_modules():
+        if isinstance(m, (QuantConv2d, QuantLinear)):
+            found[f"{name}.weight" if name else "weight"] = m.weight  # type: ignore[assignment]
+    return found
 
 
 def freeze_ranges(model: nn.Module) -> None:
