@@ -167,7 +167,9 @@ class Recipe:
         for key, value in values.items():
             if key not in sections:
                 raise UsageError(f"unknown recipe section '{key}'.{nearest(key, sections)}")
-            made[key] = _section(key, types[key], value) if dataclasses.is_dataclass(types[key]) else value
+            made[key] = (
+                _section(key, types[key], value) if dataclasses.is_dataclass(types[key]) else _typed(key, str, value)
+            )
         return cls(**made)
 
 
@@ -198,7 +200,12 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
 
 def _merge(base: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in more.items():
-        base[key] = _merge(dict(base.get(key, {})), value) if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            below = base.get(key, {})
+            if not isinstance(below, Mapping):
+                raise UsageError(f"recipe entry '{key}' is {below!r}, not a table of options")
+            value = _merge(dict(below), value)
+        base[key] = value
     return base
 
 
@@ -213,23 +220,20 @@ def available_recipes() -> dict[str, str]:
     return {name: _read(name)["title"] for name in sorted(_builtin())}
 
 
-def _read(name_or_path: str) -> dict[str, Any]:
+def _read(name_or_path: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
     builtin = _builtin()
-    if name_or_path in builtin:
-        text = builtin[name_or_path].read_text()
-    elif name_or_path.endswith(".toml"):
-        try:
-            text = Path(name_or_path).read_text()
-        except OSError as error:
-            raise UsageError(f"the recipe file '{name_or_path}' cannot be read: {error.strerror}") from error
-    else:
-        raise UsageError(f"unknown recipe '{name_or_path}'.{nearest(name_or_path, builtin)} Or give a .toml file.")
+    if name_or_path in children:
+        raise UsageError(f"the recipe '{name_or_path}' extends itself; remove or change its line 'extends'.")
+    if not isinstance(name_or_path, str) or (name_or_path not in builtin and not name_or_path.endswith(".toml")):
+        raise UsageError(f"unknown recipe {name_or_path!r}.{nearest(str(name_or_path), builtin)} Or give a .toml file.")
     try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        table = tomllib.loads(builtin.get(name_or_path, Path(name_or_path)).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"the recipe file '{name_or_path}' cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"the recipe '{name_or_path}' is not valid TOML: {error}") from error
     parent = table.pop("extends", None)
-    return _merge(_read(parent), table) if parent else table
+    return table if parent is None else _merge(_read(parent, (*children, name_or_path)), table)
 
 
 def parse_override(text: str) -> dict[str, Any]:

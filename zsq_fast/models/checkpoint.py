@@ -115,12 +115,12 @@ def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
         near = nearest(missing[0], unexpected) if unexpected else ""
         raise BadFileError(
             f"{path}: {len(missing)} tensor(s) of the model are missing, the first is '{missing[0]}'.{near} "
-            "Check that --model names the network that was saved."
+            "Check that MODEL names the network that was saved."
         )
     if unexpected:
         raise BadFileError(
             f"{path}: {len(unexpected)} tensor(s) do not belong to the model, the first is '{unexpected[0]}'. "
-            "Check that --model names the network that was saved."
+            "Check that MODEL names the network that was saved."
         )
     for name, tensor in own.items():
         if name in given:
@@ -137,7 +137,7 @@ def _check_tensor(path: Path, name: str, given: Tensor, own: Tensor, is_head: bo
             )
         raise BadFileError(
             f"{path}: tensor '{name}' has shape {list(given.shape)}, the model needs {list(own.shape)}: "
-            "check that --model names the network that was saved."
+            "check that MODEL names the network that was saved."
         )
     if given.is_floating_point() != own.is_floating_point():
         raise BadFileError(f"{path}: tensor '{name}' is {given.dtype}, the model needs {own.dtype}: save floats.")
