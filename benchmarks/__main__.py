@@ -15,7 +15,7 @@ import argparse  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from typing import Any, NamedTuple  # noqa: E402
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -29,11 +29,14 @@ from zsq_fast.models.resnet_cifar import ResNetCifar  # noqa: E402
 GATES = {"inundation step, ResNet-20, batch 200": 25.0}  # least speed-up over the reference
 
 
-def interleaved(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Seconds of the fastest of `rounds` calls per variant, the variants taking turns."""
+def interleaved(
+    variants: dict[str, Callable[[], Any]], rounds: int, before: Callable[[], Any] = lambda: None
+) -> dict[str, float]:
+    """Seconds of the fastest of `rounds` calls per variant, the variants taking turns; `before` each call is not timed."""
     best = dict.fromkeys(variants, float("inf"))
     for i in range(rounds + 1):
         for name, run in variants.items():
+            before()
             started = time.perf_counter()
             run()
             if i:  # the first round warms up
@@ -41,7 +44,14 @@ def interleaved(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str
     return best
 
 
-def inundation_case() -> tuple[str, dict[str, Callable[[], Any]], dict[str, float]]:
+class Case(NamedTuple):
+    name: str
+    variants: dict[str, Callable[[], Any]]  # kernel, reference, copy
+    before: Callable[[], Any] = lambda: None  # not timed
+    extra: dict[str, float] = {}
+
+
+def inundation_case() -> Case:
     """The inundation part of one AIT student step; gradients from a real step on a network with batch-norm statistics."""
     torch.manual_seed(0)
     teacher = ResNetCifar(shortcut="B").eval().to(memory_format=torch.channels_last)
@@ -65,24 +75,15 @@ def inundation_case() -> tuple[str, dict[str, Callable[[], Any]], dict[str, floa
         torch._foreach_copy_([w.data for w in weights], start)
         torch._foreach_copy_(momenta, start_momenta)
 
-    def ours() -> None:
-        restore()
-        optimizer.step()
-
     def theirs() -> None:
-        restore()
         with torch.no_grad():
             reference.gi_sgd_(weights, [w.grad for w in weights], momenta, optimizer.kappa, optimizer.changed, *options)
 
-    return (
-        "inundation step, ResNet-20, batch 200",
-        {"kernel": ours, "reference": theirs, "copy": restore},
-        {"forward_backward_ms": step_seconds * 1e3},
-    )
+    variants: dict[str, Callable[[], Any]] = {"kernel": optimizer.step, "reference": theirs, "copy": restore}
+    return Case("inundation step, ResNet-20, batch 200", variants, restore, {"forward_backward_ms": step_seconds * 1e3})
 
 
-def cases() -> list[tuple[str, dict[str, Callable[[], Any]], dict[str, float]]]:
-    rows: list[tuple[str, dict[str, Callable[[], Any]], dict[str, float]]] = [inundation_case()]
+def cases() -> list[Case]:
     w, x = torch.randn(512, 512, 3, 3), torch.randn(200, 64, 32, 32).relu()
     lo, hi = torch.tensor(0.0), torch.tensor(3.0)
     states = [[torch.tensor(0.0), torch.tensor(3.0), torch.tensor(0.5)] for _ in range(2)]
@@ -143,8 +144,8 @@ def cases() -> list[tuple[str, dict[str, Callable[[], Any]], dict[str, float]]]:
             copy_x,
         ),
     ]
-    rows += [(name, {"kernel": kernel, "reference": ref, "copy": copy}, {}) for name, kernel, ref, copy in triples]
-    return rows
+    rows = [Case(name, {"kernel": run, "reference": ref, "copy": copy}) for name, run, ref, copy in triples]
+    return [inundation_case(), *rows]
 
 
 def main() -> int:
@@ -155,8 +156,8 @@ def main() -> int:
     args = ap.parse_args()
     table, failed = [], []
     print(f"{'':52s} {'kernel ms':>10s} {'reference':>10s} {'copy':>8s} {'x reference':>12s} {'x copy time':>12s}")
-    for name, variants, extra in cases():
-        best = interleaved(variants, args.rounds)
+    for name, variants, before, extra in cases():
+        best = interleaved(variants, args.rounds, before)
         ratio = best["reference"] / best["kernel"]
         columns = f"{best['kernel'] * 1e3:10.3f} {best['reference'] * 1e3:10.3f} {best['copy'] * 1e3:8.3f}"
         print(f"{name:52s} {columns} {ratio:12.1f} {best['kernel'] / best['copy']:12.2f}", flush=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,11 @@ def test_the_pieces():
     names: dict = {"torch": torch, "zsq": zsq}
     exec(block, names)
     assert names["values"].unique().numel() <= 16 * 16 and isinstance(names["act"], zsq.QuantAct)
+
+
+def test_every_number_has_its_record():
+    """The measured part of the README is what benchmarks/table.py makes of the committed records."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.table"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in (root / "README.md").read_text()

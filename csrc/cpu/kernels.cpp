@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <limits>
 #include <new>
+#include <utility>
 
 namespace zsq::cpu::ZSQ_ISA {
 namespace {
