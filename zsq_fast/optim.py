@@ -53,6 +53,9 @@ class GISGD(torch.optim.Optimizer):
             "threshold": threshold, "search_steps": search_steps, "capped": capped,
         }  # fmt: skip
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
         everything = [p for group in self.param_groups for p in group["params"]]
         self.kappa = torch.zeros(len(everything), device=everything[0].device)
         self.changed = torch.zeros(len(everything), dtype=torch.int64, device=everything[0].device)
@@ -88,8 +91,11 @@ class GISGD(torch.optim.Optimizer):
                     **options,
                 )
             if not whole:  # scatter back; parameters without a gradient read 0
-                position = [start + i for i, p in enumerate(params) if p.grad is not None]
                 self.kappa[here], self.changed[here] = 0, 0
-                self.kappa[position], self.changed[position] = kappa, changed
+                at = [start + i for i, p in enumerate(params) if p.grad is not None]
+                for i, k, c in zip(
+                    at, kappa, changed, strict=True
+                ):  # by views: an index list would be copied to the device
+                    self.kappa[i : i + 1], self.changed[i : i + 1] = k, c
             start += len(params)
         return loss

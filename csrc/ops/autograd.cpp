@@ -16,6 +16,11 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+// Autograd then refuses a backward pass that saved the old value.
+void mark_changed(const Tensor& t) {
+  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+}
+
 Tensor call_weight(const Tensor& weight, int64_t bits) {
   static const auto op = find<Tensor(const Tensor&, int64_t)>("zsq::fake_quant_weight");
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -29,8 +34,12 @@ Tensor call_act(const Tensor& x, const Tensor& lo, const Tensor& hi, int64_t bit
 Tensor call_running(const Tensor& x, Tensor& lo, Tensor& hi, Tensor& beta_t, int64_t bits, double decay, bool plain) {
   static const auto op =
       find<Tensor(const Tensor&, Tensor&, Tensor&, Tensor&, int64_t, double, bool)>("zsq::fake_quant_act_running");
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(x, lo, hi, beta_t, bits, decay, plain);
+  const Tensor out = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return op.call(x, lo, hi, beta_t, bits, decay, plain);
+  }();
+  for (const Tensor& t : {lo, hi, beta_t}) mark_changed(t);
+  return out;
 }
 std::tuple<Tensor, Tensor, Tensor> call_bn_stats(const Tensor& x, const Tensor& mean, const Tensor& var) {
   static const auto op =
@@ -93,6 +102,25 @@ std::tuple<Tensor, Tensor, Tensor> bn_stats_match(const Tensor& x, const Tensor&
   const auto out = BnStatsFunction::apply(x, mean, var);
   return {out[0], out[1], out[2]};
 }
+
+void gi_sgd_(at::TensorList weights, at::TensorList grads, at::TensorList momenta, Tensor& kappa, Tensor& changed,
+             double lr, double momentum, bool nesterov, double weight_decay, int64_t bits, double threshold,
+             int64_t search_steps, bool capped) {
+  static const auto op = find<void(at::TensorList, at::TensorList, at::TensorList, Tensor&, Tensor&, double, double,
+                                   bool, double, int64_t, double, int64_t, bool)>("zsq::gi_sgd_");
+  for (const Tensor& w : weights)
+    TORCH_CHECK(!wants_grad(w),
+                "gi_sgd_: weights that require grad are updated in place; call it under torch.no_grad()");
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    op.call(weights, grads, momenta, kappa, changed, lr, momentum, nesterov, weight_decay, bits, threshold,
+            search_steps, capped);
+  }
+  for (const auto list : {weights, momenta})
+    for (const Tensor& t : list) mark_changed(t);
+  mark_changed(kappa);
+  mark_changed(changed);
+}
 }  // namespace
 
 TORCH_LIBRARY_IMPL(zsq, Autograd, m) {
@@ -100,5 +128,6 @@ TORCH_LIBRARY_IMPL(zsq, Autograd, m) {
   m.impl("fake_quant_act", fake_quant_act);
   m.impl("fake_quant_act_running", fake_quant_act_running);
   m.impl("bn_stats_match", bn_stats_match);
+  m.impl("gi_sgd_", gi_sgd_);
 }
 }  // namespace zsq

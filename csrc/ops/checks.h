@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 
 #include <cmath>
+#include <string>
 
 #include "../quant_math.h"
 
@@ -70,6 +71,12 @@ inline void check_bn_stats(const char* op, const Tensor& x, const Tensor& mean, 
   check_channels(op, "var", var, x);
 }
 
+// An element of a tensor list against its weight; the name is put together only when it is needed.
+inline void check_item(const char* op, const char* list, size_t i, const Tensor& t, const Tensor& weight) {
+  if (t.scalar_type() != weight.scalar_type() || t.device() != weight.device())
+    check_like(op, (std::string(list) + "[" + std::to_string(i) + "]").c_str(), t, "its weight", weight);
+}
+
 inline void check_gi_sgd(at::TensorList weights, at::TensorList grads, at::TensorList momenta, const Tensor& kappa,
                          const Tensor& changed, const GiOptions& o) {
   const char* op = "gi_sgd_";
@@ -82,9 +89,9 @@ inline void check_gi_sgd(at::TensorList weights, at::TensorList grads, at::Tenso
     const Tensor& w = weights[i];
     TORCH_CHECK_TYPE(w.scalar_type() == at::kFloat, op, ": weights[", i, "] must be float32, got ", w.scalar_type());
     TORCH_CHECK_VALUE(w.dim() >= 1, op, ": weights[", i, "] must have at least one dimension (the output channels)");
-    check_like(op, "weights[i]", w, "weights[0]", weights[0]);
-    check_like(op, "grads[i]", grads[i], "weights[i]", w);
-    check_like(op, "momenta[i]", momenta[i], "weights[i]", w);
+    check_item(op, "weights", i, w, weights[0]);
+    check_item(op, "grads", i, grads[i], w);
+    check_item(op, "momenta", i, momenta[i], w);
     TORCH_CHECK_VALUE(grads[i].sizes() == w.sizes(), op, ": grads[", i, "] must have shape ", w.sizes(), ", got ",
                       grads[i].sizes());
     TORCH_CHECK_VALUE(momenta[i].sizes() == w.sizes(), op, ": momenta[", i, "] must have shape ", w.sizes(), ", got ",
@@ -117,6 +124,11 @@ inline bool has_dense_rows(const Tensor& w) {
   return w.is_non_overlapping_and_dense() && (w.size(0) <= 1 || w.stride(0) == w.numel() / w.size(0));
 }
 inline Tensor with_dense_rows(const Tensor& w) { return has_dense_rows(w) ? w : w.contiguous(); }
+
+// A result in the strides that torch gives an element-wise result of `x`, which is also what tracing was told.
+inline Tensor strided_as_result_of(const Tensor& x, const Tensor& dense_x, const Tensor& result) {
+  return dense_x.is_same(x) ? result : at::empty_like(x).copy_(result);
+}
 inline Tensor dense(const Tensor& x) { return x.is_non_overlapping_and_dense() ? x : x.contiguous(); }
 
 struct ChannelView {

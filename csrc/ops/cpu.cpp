@@ -30,7 +30,7 @@ Tensor fake_quant_weight(const Tensor& weight_in, int64_t bits) {
         .fake_quant_weight(weight.const_data_ptr<T>(), out.mutable_data_ptr<T>(), weight.size(0),
                            weight.numel() / weight.size(0), int(bits), threads());
   });
-  return out;
+  return strided_as_result_of(weight_in, weight, out);
 }
 
 std::tuple<Tensor, Tensor, Tensor> weight_codes(const Tensor& weight_in, int64_t bits) {
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> weight_codes(const Tensor& weight_in, int64_t
                       lo_code.mutable_data_ptr<T>(), weight.size(0), weight.numel() / weight.size(0), int(bits),
                       threads());
   });
-  return {codes, scale, lo_code};
+  return {strided_as_result_of(weight_in, weight, codes), scale, lo_code};
 }
 
 Tensor fake_quant_act(const Tensor& x_in, const Tensor& lo, const Tensor& hi, int64_t bits) {
@@ -59,7 +59,7 @@ Tensor fake_quant_act(const Tensor& x_in, const Tensor& lo, const Tensor& hi, in
         .fake_quant_act(x.const_data_ptr<T>(), *lo.const_data_ptr<T>(), *hi.const_data_ptr<T>(),
                         out.mutable_data_ptr<T>(), x.numel(), int(bits), threads());
   });
-  return out;
+  return strided_as_result_of(x_in, x, out);
 }
 
 Tensor fake_quant_act_running(const Tensor& x_in, Tensor& lo, Tensor& hi, Tensor& beta_t, int64_t bits, double decay,
@@ -81,7 +81,7 @@ Tensor fake_quant_act_running(const Tensor& x_in, Tensor& lo, Tensor& hi, Tensor
     k.fake_quant_act(x.const_data_ptr<T>(), state_lo, state_hi, out.mutable_data_ptr<T>(), x.numel(), int(bits),
                      threads());
   });
-  return out;
+  return strided_as_result_of(x_in, x, out);
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_stats_match(const Tensor& x, const Tensor& mean, const Tensor& var) {
@@ -127,7 +127,7 @@ Tensor bn_stats_match_backward(const Tensor& grad_loss, const Tensor& x, const T
                             {v.n, v.c, v.s, v.channels_last}},
                            threads());
   });
-  return grad_x;
+  return strided_as_result_of(x, v.x, grad_x);
 }
 
 void gi_sgd_(at::TensorList weights, at::TensorList grads, at::TensorList momenta, Tensor& kappa, Tensor& changed,

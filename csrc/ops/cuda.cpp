@@ -47,7 +47,7 @@ Tensor fake_quant_weight(const Tensor& weight_in, int64_t bits) {
     return cuda::fake_quant_weight<T>(weight.const_data_ptr<T>(), out.mutable_data_ptr<T>(), weight.size(0),
                                       weight.numel() / weight.size(0), int(bits), on.stream);
   });
-  return out;
+  return strided_as_result_of(weight_in, weight, out);
 }
 
 std::tuple<Tensor, Tensor, Tensor> weight_codes(const Tensor& weight_in, int64_t bits) {
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> weight_codes(const Tensor& weight_in, int64_t
                                  lo_code.mutable_data_ptr<T>(), weight.size(0), weight.numel() / weight.size(0),
                                  int(bits), on.stream);
   });
-  return {codes, scale, lo_code};
+  return {strided_as_result_of(weight_in, weight, codes), scale, lo_code};
 }
 
 Tensor fake_quant_act(const Tensor& x_in, const Tensor& lo, const Tensor& hi, int64_t bits) {
@@ -76,7 +76,7 @@ Tensor fake_quant_act(const Tensor& x_in, const Tensor& lo, const Tensor& hi, in
     return cuda::fake_quant_act<T>(x.const_data_ptr<T>(), lo.const_data_ptr<T>(), hi.const_data_ptr<T>(),
                                    out.mutable_data_ptr<T>(), x.numel(), int(bits), on.stream);
   });
-  return out;
+  return strided_as_result_of(x_in, x, out);
 }
 
 Tensor fake_quant_act_running(const Tensor& x_in, Tensor& lo, Tensor& hi, Tensor& beta_t, int64_t bits, double decay,
@@ -91,7 +91,7 @@ Tensor fake_quant_act_running(const Tensor& x_in, Tensor& lo, Tensor& hi, Tensor
                                            beta_t.mutable_data_ptr<T>(), out.mutable_data_ptr<T>(), x.numel(),
                                            int(bits), decay, plain, scratch.mutable_data_ptr(), on.stream);
   });
-  return out;
+  return strided_as_result_of(x_in, x, out);
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_stats_match(const Tensor& x, const Tensor& mean, const Tensor& var) {
@@ -128,7 +128,7 @@ Tensor bn_stats_match_backward(const Tensor& grad_loss, const Tensor& x, const T
                                       s.const_data_ptr<T>(), bm.const_data_ptr<T>(), bv.const_data_ptr<T>(),
                                       grad_x.mutable_data_ptr<T>(), v.n, v.c, v.s, v.channels_last, on.stream);
   });
-  return grad_x;
+  return strided_as_result_of(x, v.x, grad_x);
 }
 
 int32_t extent(int64_t n) {

@@ -69,7 +69,7 @@ def print_plan(job: Job, recipe: Recipe, summary: Summary, *, as_json: bool) -> 
     """The resolved job and recipe, and what of the network would be quantized."""
     schedule = recipe.schedule
     plan: dict[str, Any] = {"job": asdict(job), "recipe": recipe.to_dict(), "network": summary.to_dict()}
-    plan["generator_steps"], plan["student_steps"] = schedule.generator_steps, schedule.student_steps
+    plan["generator_steps"], plan["student_steps"] = schedule.generator_steps, recipe.student_steps
     plan["images"] = schedule.generator_steps * schedule.batch_size
     if as_json:
         print(json.dumps(plan, indent=1))

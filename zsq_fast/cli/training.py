@@ -38,6 +38,7 @@ def make_trainer(job: Job, recipe: Recipe, teacher: nn.Module, *, quiet: bool = 
 def execute(run_dir: RunDir, job: Job, trainer: Trainer, *, as_json: bool = False) -> int:
     """Trains from the newest checkpoint (or the start) to the end, writes the student and result.json, prints it."""
     trainer.run_dir = run_dir
+    trainer.resume_hint = f"zsq-fast resume {run_dir.path}"
     try:
         trainer.restore()
         result = trainer.run()

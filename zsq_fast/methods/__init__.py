@@ -37,6 +37,7 @@ def quantize(
     schedule: str = "paper",
     overrides: Sequence[str] = (),
     run_dir: str | PathLike[str] | None = None,
+    resume: bool = False,
     evaluate: Callable[[nn.Module], float] | None = None,
     progress: bool = True,
     channels_last: bool | None = None,
@@ -52,6 +53,7 @@ def quantize(
         seed: every draw of the run follows from it.
         schedule: "paper" (80,000 iterations) or "short"; `overrides` such as `["schedule.epochs=20"]` change any number.
         run_dir: new directory for recipe, metrics, checkpoints and the final student.
+        resume: go on with the run in `run_dir` from its newest checkpoint, with the recipe and seed it began with.
         evaluate: returns top-1 in percent on real data; printed, never used to choose anything.
 
     Returns:
@@ -60,6 +62,8 @@ def quantize(
     Raises:
         UsageError, UnsupportedModelError, TrainingError, StorageError, Interrupted: see `zsq_fast.errors`.
     """
+    if resume and run_dir is None:
+        raise UsageError("resume=True needs the run_dir of the run to go on with")
     if input_size is None:
         raise UsageError("input_size is needed, for example input_size=(3, 224, 224)")
     if isinstance(recipe, str):
@@ -71,7 +75,7 @@ def quantize(
             weight_bits=weight_bits,
             act_bits=act_bits,
         )
-    elif overrides or weight_bits or act_bits:
+    elif overrides or weight_bits is not None or act_bits is not None or schedule != "paper":
         raise UsageError("a resolved Recipe already holds its numbers: give bits and overrides to load_recipe")
     options: dict[str, Any] = dict(
         input_size=input_size,
@@ -83,11 +87,21 @@ def quantize(
     )
     if run_dir is None:
         return Trainer(teacher, recipe, **options).run().student
+    if resume:
+        with RunDir.open(run_dir) as run:
+            options |= {"seed": run.info["seed"], "input_size": run.info["input_size"]}
+            return _run(Trainer(teacher, Recipe.from_dict(run.recipe), **options), run)
     trainer = Trainer(teacher, recipe, **options)  # before the directory: a model that is refused leaves nothing behind
     with RunDir.create(run_dir, recipe.to_dict(), {"seed": seed, "input_size": list(input_size)}) as run:
-        trainer.run_dir = run
-        student = trainer.run().student
-        run.save_tensors("student.safetensors", student.state_dict(), {"recipe": recipe.name})
+        return _run(trainer, run)
+
+
+def _run(trainer: Trainer, run: RunDir) -> nn.Module:
+    trainer.run_dir = run
+    trainer.resume_hint = f"zsq_fast.quantize(..., run_dir={str(run.path)!r}, resume=True)"
+    trainer.restore()
+    student = trainer.run().student
+    run.save_tensors("student.safetensors", student.state_dict(), {"recipe": trainer.recipe.name})
     return student
 
 

@@ -28,7 +28,7 @@ class Meters:
 
     def add_inundation(self, changed: Tensor, kappa: Tensor) -> None:
         self.changed += changed
-        self.log2_kappa += kappa.log2()
+        self.log2_kappa += kappa.clamp(min=1).log2()  # 0 stands for a weight without gradient; NaN stays
         self.steps += 1
 
     def read(self, inundated: dict[str, nn.Parameter]) -> dict[str, Any]:

@@ -71,10 +71,6 @@ class Schedule:
     def generator_steps(self) -> int:
         return self.epochs * self.iterations
 
-    @property
-    def student_steps(self) -> int:
-        return max(0, self.epochs - self.warmup_epochs) * self.iterations
-
 
 @dataclass(frozen=True)
 class Generator:
@@ -99,6 +95,7 @@ class Generator:
 
 @dataclass(frozen=True)
 class Student:
+    enabled: bool = True
     lr: float = 1e-4
     momentum: float = 0.9
     nesterov: bool = True
@@ -152,6 +149,16 @@ class Recipe:
     generator: Generator = field(default_factory=Generator)
     student: Student = field(default_factory=Student)
     inundation: Inundation = field(default_factory=Inundation)
+
+    def __post_init__(self) -> None:
+        epochs, warmup = self.schedule.epochs, self.schedule.warmup_epochs
+        _require(not self.student.enabled or epochs > warmup, "schedule.epochs",
+                 f"more than schedule.warmup_epochs ({warmup}), or the student takes no step", epochs)  # fmt: skip
+
+    @property
+    def student_steps(self) -> int:
+        epochs = self.schedule.epochs - self.schedule.warmup_epochs
+        return epochs * self.schedule.iterations if self.student.enabled else 0
 
     def to_dict(self) -> dict[str, Any]:
         # Through JSON, so that what a run directory holds compares equal.
@@ -220,10 +227,8 @@ def available_recipes() -> dict[str, str]:
     return {name: _read(name)["title"] for name in sorted(_builtin())}
 
 
-def _read(name_or_path: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
+def _read(name_or_path: str) -> dict[str, Any]:
     builtin = _builtin()
-    if name_or_path in children:
-        raise UsageError(f"the recipe '{name_or_path}' extends itself; remove or change its line 'extends'.")
     if not isinstance(name_or_path, str) or (name_or_path not in builtin and not name_or_path.endswith(".toml")):
         raise UsageError(f"unknown recipe {name_or_path!r}.{nearest(str(name_or_path), builtin)} Or give a .toml file.")
     try:
@@ -232,8 +237,30 @@ def _read(name_or_path: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
         raise UsageError(f"the recipe file '{name_or_path}' cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"the recipe '{name_or_path}' is not valid TOML: {error}") from error
+    return table
+
+
+def _resolve(name: str, large: bool, schedule: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The tables of a file over those of its parents, each file's [large] and [short] tables settled before its child's."""
+    if name in children:
+        raise UsageError(f"the recipe '{name}' extends itself; remove or change its line 'extends'.")
+    table = _read(name)
     parent = table.pop("extends", None)
-    return table if parent is None else _merge(_read(parent, (*children, name_or_path)), table)
+    resolved = {} if parent is None else _resolve(parent, large, schedule, (*children, name))
+    for_large, short = table.pop("large", {}), table.pop("short", {})
+    for_short_large = short.pop("large", {}) if isinstance(short, Mapping) else {}
+    layers = [
+        (True, table),
+        (large, for_large),
+        (schedule == "short", short),
+        (large and schedule == "short", for_short_large),
+    ]
+    for applies, layer in layers:
+        if not isinstance(layer, Mapping):
+            raise UsageError(f"[large] and [short] of the recipe '{name}' must be tables, got {layer!r}")
+        if applies:
+            _merge(resolved, layer)
+    return resolved
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -260,8 +287,8 @@ def load_recipe(
 ) -> Recipe:
     """Resolve a recipe for an input size.
 
-    Order, later wins: the file, its [large] tables for inputs above 64 pixels, its [short] tables (and [short.large]) for
-    `schedule="short"`, the bit widths, the overrides.
+    Order, later wins: the recipe it extends, resolved; the file; its [large] tables for inputs above 64 pixels; its [short]
+    tables (and [short.large]) for `schedule="short"`; the bit widths; the overrides.
 
     Args:
         name_or_path: a built-in name (`available_recipes()`) or a .toml file.
@@ -274,16 +301,7 @@ def load_recipe(
     """
     if schedule not in SCHEDULES:
         raise UsageError(f"unknown schedule '{schedule}'.{nearest(schedule, SCHEDULES)}")
-    table = _read(name_or_path)
-    large, short = table.pop("large", {}), table.pop("short", {})
-    short_large = short.pop("large", {})
-    is_large = max(input_size[-2:]) > LARGE_INPUT
-    if is_large:
-        _merge(table, large)
-    if schedule == "short":
-        _merge(table, short)
-        if is_large:
-            _merge(table, short_large)
+    table = _resolve(name_or_path, max(input_size[-2:]) > LARGE_INPUT, schedule)
     for key, bits in (("weight_bits", weight_bits), ("act_bits", act_bits)):
         if bits is not None:
             _merge(table, {"quant": {key: bits}})

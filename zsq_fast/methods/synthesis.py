@@ -43,7 +43,7 @@ class Synthesis:
     def __init__(
         self, teacher: nn.Module, recipe: Recipe, input_size: Sequence[int], seed: int, layout: torch.memory_format
     ):
-        self.recipe, self.seed = recipe, seed
+        self.recipe, self.seed, self.source = recipe, seed, teacher
         self.device = next(teacher.parameters()).device
         # A frozen copy saves a third of the teacher's backward pass and keeps the user's network out of our graphs.
         self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False).to(memory_format=layout)
@@ -54,7 +54,7 @@ class Synthesis:
             raise UnsupportedModelError(f"the model must return class logits [N, classes], got {found}")
         self.num_classes = probe.shape[1]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "generator-init"))
+            torch.default_generator.manual_seed(derive_seed(seed, "generator-init"))  # the CPU's alone
             self.generator = build_generator(recipe.generator, self.num_classes, input_size)
         self.generator.to(self.device).to(memory_format=layout).train()
         self.optimizer = torch.optim.Adam(

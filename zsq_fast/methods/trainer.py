@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ from zsq_fast.nn.taps import look_untrained
 from zsq_fast.optim import GISGD
 from zsq_fast.runs import Progress, RunDir, StopRequest
 
+SETTLING_UPDATES = 175  # of the published range tracker, to within 0.1 % (ait_family.md section 2)
+
 
 @dataclass
 class Result:
@@ -33,7 +36,7 @@ class Result:
         summary: what was quantized and what stayed float.
         history: one record per epoch: losses, agreement with the teacher, share of changed codes.
         evaluations: top-1 in percent: "float", "rtn" (ranges calibrated, before the first student step) and "last".
-        seconds: time of synthesis, student steps and checkpoints, without evaluations.
+        seconds: time of synthesis, student steps and checkpoints, evaluations left out.
     """
 
     student: nn.Module
@@ -100,24 +103,42 @@ class Trainer:
                 "every batch-norm statistic has its initial value (mean 0, variance 1): the model looks untrained; load a "
                 "trained checkpoint, or use force (--force) to go on."
             )
+        other = next((p.dtype for p in teacher.parameters() if p.dtype != torch.float32), None)
+        if other is not None:
+            raise UnsupportedModelError(
+                f"the model holds {other} parameters; training needs float32: call .float() first."
+            )
+        settling = recipe.schedule.calibration_epochs * recipe.schedule.iterations
+        if recipe.quant.ema == "reference" and settling < SETTLING_UPDATES:
+            warnings.warn(
+                f"{settling} calibration steps are fewer than the {SETTLING_UPDATES} that the published range tracker needs to "
+                "settle, and the activation ranges will be far too wide: set quant.ema=plain.",
+                stacklevel=2,
+            )
         device = next(teacher.parameters()).device
         if channels_last is None:
             channels_last = device.type == "cpu"
-        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
         quant = recipe.quant
         self.student = znn.convert(teacher, quant.weight_bits, quant.act_bits, ema=quant.ema, input_size=input_size)
-        self.student.eval().requires_grad_(True).to(memory_format=layout)
+        self.student.eval().requires_grad_(True).to(memory_format=self.layout)
         self.summary = znn.summarize(self.student)
         if share is not None:
-            same = (share.recipe.generator, share.recipe.schedule, share.seed, share.input_size)
-            if same != (recipe.generator, recipe.schedule, seed, self.input_size):
+            theirs = (share.recipe.generator, share.recipe.schedule, share.seed, share.input_size, share.layout)
+            mine = (recipe.generator, recipe.schedule, seed, self.input_size, self.layout)
+            if theirs != mine or share.synthesis.source is not teacher:
                 raise UsageError(
-                    "trainers can share images only with the same generator, schedule, seed and input size"
+                    "trainers can share images only with the same teacher, generator, schedule, seed, input size and layout"
                 )
-        self.synthesis: Synthesis = share.synthesis if share else Synthesis(teacher, recipe, input_size, seed, layout)
+            self.synthesis: Synthesis = share.synthesis
+        else:
+            self.synthesis = Synthesis(teacher, recipe, input_size, seed, self.layout)
         self._build_optimizers()
         self.meters = Meters(device, len(self.inundated))
         self.state = _State()
+        self.resume_hint = "Trainer.restore() and run() go on from there"
+        self._scheduled_epoch = -1
+        self._evaluation_seconds = 0.0
 
     def _build_optimizers(self) -> None:
         spec = self.recipe.student
@@ -163,22 +184,25 @@ class Trainer:
         """What one batch means to this student, and the bookkeeping of the epoch it ends."""
         started, schedule = time.perf_counter(), self.recipe.schedule
         epoch = self.state.step // schedule.iterations
-        self._set_schedule(epoch)
+        if epoch != self._scheduled_epoch:
+            self._set_schedule(epoch)
+        evaluating = self._evaluation_seconds
         self.meters.add(generator_ce=batch.generator_ce, generator_bns=batch.generator_bns)
         if epoch < schedule.calibration_epochs:
             with torch.no_grad(), znn.calibrating(self.student):
                 self.student(batch.images)
-        if epoch >= schedule.warmup_epochs:
+        if self.recipe.student.enabled and epoch >= schedule.warmup_epochs:
             self._student_step(batch)
         self.state.step += 1
         self.progress.advance(epoch=f"{epoch + 1}/{schedule.epochs}")
-        self.state.seconds += time.perf_counter() - started
         if self.state.step % schedule.iterations == 0:
             self._finish_epoch(epoch)
+        self.state.seconds += time.perf_counter() - started - (self._evaluation_seconds - evaluating)
 
     # ---- epochs -----------------------------------------------------------------------------------------------------
 
     def _set_schedule(self, epoch: int) -> None:
+        self._scheduled_epoch = epoch
         recipe, factor = self.recipe, self.recipe.schedule.factor(epoch)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -193,7 +217,10 @@ class Trainer:
     def _measure(self, name: str, network: nn.Module) -> float | None:
         if self.evaluate is None:
             return None
+        started = time.perf_counter()
         top1 = self.evaluate(network)
+        network.eval()  # whatever mode the caller's function leaves behind
+        self._evaluation_seconds += time.perf_counter() - started
         if name in ("float", "rtn", "last"):
             self.state.evaluations[name] = top1
         self.progress.message(f"{name}: top-1 {top1:.2f} %")
@@ -203,7 +230,7 @@ class Trainer:
         schedule, done = self.recipe.schedule, epoch + 1
         record: dict[str, Any] = {"epoch": epoch, "step": self.state.step, "lr_factor": schedule.factor(epoch)}
         record.update(self.meters.read(self.inundated))
-        self._check_finite(record)
+        self._check_finite(epoch, record)
         self.meters.reset()
         if done == min(schedule.warmup_epochs, schedule.epochs):
             record["top1"] = self._measure("rtn", self.student)
@@ -216,17 +243,15 @@ class Trainer:
             self.run_dir.log(**record)
             self.save()
 
-    def _check_finite(self, record: dict[str, Any]) -> None:
-        bad = next((n for n, v in record.items() if isinstance(v, float) and not math.isfinite(v)), None)
-        if bad is None:
-            bad = next(
-                (f"the weight {n}" for n, p in self.student.named_parameters() if not bool(torch.isfinite(p).all())),
-                None,
-            )
-        if bad is not None:
-            kept = " The last checkpoint is sound." if self.run_dir else ""
+    def _check_finite(self, epoch: int, record: dict[str, Any]) -> None:
+        bad = [name.replace("_", " ") for name, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
+        bad += [
+            f"the weight {name}" for name, p in self.student.named_parameters() if not bool(torch.isfinite(p).all())
+        ]
+        if bad:
+            kept = " The last checkpoint is sound." if self.run_dir and self.state.history else ""
             raise TrainingError(
-                f"{bad.replace('_', ' ')} became NaN or infinite in epoch {record['epoch'] + 1}: stopped.{kept} Try a lower learning rate."
+                f"{bad[0]} became NaN or infinite in epoch {epoch + 1}: stopped.{kept} Try a lower learning rate."
             )
 
     def run(self) -> Result:
@@ -235,6 +260,7 @@ class Trainer:
 
     def _result(self) -> Result:
         state = self.state
+        znn.freeze_ranges(self.student)
         return Result(
             self.student,
             self.synthesis,
@@ -248,10 +274,9 @@ class Trainer:
         if self.run_dir is None:
             raise Interrupted("stopped; nothing was saved because there is no run directory (--out).", signal)
         if self.state.step % self.recipe.schedule.iterations:  # at an epoch's end it has just been saved
+            self._check_finite(self.state.step // self.recipe.schedule.iterations, {})
             self.save()
-        raise Interrupted(
-            f"stopped at step {self.state.step} and saved; go on with: zsq-fast resume {self.run_dir.path}", signal
-        )
+        raise Interrupted(f"stopped at step {self.state.step} and saved; go on with: {self.resume_hint}", signal)
 
     # ---- state ------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Layers, whole-model conversion, and taps on batch-norm statistics."""
 
 from zsq_fast.nn.conversion import (
-    ActThenQuant,
+    QuantReLU,
+    QuantReLU6,
     Site,
     Summary,
     calibrating,
@@ -14,11 +15,12 @@ from zsq_fast.nn.layers import QuantAct, QuantConv2d, QuantLinear
 from zsq_fast.nn.taps import BNStatsTap, usable_batch_norms
 
 __all__ = [
-    "ActThenQuant",
     "BNStatsTap",
     "QuantAct",
     "QuantConv2d",
     "QuantLinear",
+    "QuantReLU",
+    "QuantReLU6",
     "Site",
     "Summary",
     "calibrating",

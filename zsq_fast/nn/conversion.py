@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from zsq_fast.errors import UnsupportedModelError, UsageError
@@ -25,25 +26,30 @@ _FLOAT_ACTIVATIONS = (
 )  # fmt: skip
 
 
-class ActThenQuant(nn.Module):
-    """An activation followed by its quantizer; one quantizer per call site when the network calls the module several times."""
+class _ThenQuant(nn.Module):
+    """Mixin: an activation followed by its quantizer, one per call site when the network calls the module several times."""
 
-    def __init__(self, act: nn.Module, bits: int, ema: str = "reference", calls: int = 1):
-        super().__init__()
-        self.act = act
-        self.quant = nn.ModuleList(QuantAct(bits, ema) for _ in range(calls))
-        self.next_call = 0
+    quant: nn.ModuleList
+    next_call: int
 
     def forward(self, x: Tensor) -> Tensor:
         quant = self.quant[self.next_call]
         self.next_call = (self.next_call + 1) % len(self.quant)
-        return quant(self.act(x))
+        return quant(super().forward(x))
+
+
+class QuantReLU(_ThenQuant, nn.ReLU):
+    """`nn.ReLU` whose output is fake-quantized."""
+
+
+class QuantReLU6(_ThenQuant, nn.ReLU6):
+    """`nn.ReLU6` whose output is fake-quantized."""
 
 
 def _restart_calls(model: nn.Module, args: Any) -> None:
     """Forward pre-hook of a converted network: a forward that failed half-way must not shift the call sites."""
     for module in model.modules():
-        if isinstance(module, ActThenQuant):
+        if isinstance(module, _ThenQuant):
             module.next_call = 0
 
 
@@ -125,16 +131,25 @@ class _ReluCalls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _is_relu(module: nn.Module) -> bool:
-    return type(module) in (nn.ReLU, nn.ReLU6)
+def _kind(module: nn.Module) -> type[nn.Module] | None:
+    """The class a module of this exact type turns into, None if it stays as it is."""
+    twins: dict[type, type[nn.Module]] = {
+        nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, nn.ReLU: QuantReLU, nn.ReLU6: QuantReLU6
+    }  # fmt: skip
+    return twins.get(type(module))
 
 
-def _count_calls(model: nn.Module, input_size: Sequence[int]) -> tuple[Counter[int], int]:
-    """Calls per rectifier module (by id) in one forward, and the number of rectifier calls made outside modules."""
-    calls: Counter[int] = Counter()
-    handles = [m.register_forward_hook(lambda m, *_: calls.update([id(m)])) for m in model.modules() if _is_relu(m)]
+def _count_calls(
+    model: nn.Module, watched: dict[str, nn.Module], input_size: Sequence[int]
+) -> tuple[Counter[str], int]:
+    """Calls of each watched module in one forward on zeros, and of rectifiers made outside modules."""
+    calls: Counter[str] = Counter()
+    handles = [m.register_forward_hook(lambda *_, name=name: calls.update([name])) for name, m in watched.items()]
+    by_modules: Counter[str] = Counter()
+    rectifiers = [m for m in model.modules() if isinstance(m, (nn.ReLU, nn.Hardtanh))]  # ReLU6 is a Hardtanh
+    handles += [m.register_forward_hook(lambda *_: by_modules.update(["relu"])) for m in rectifiers]
+    modes = {m: m.training for m in model.modules()}
     weight = next(model.parameters())
-    was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), _ReluCalls() as mode:
@@ -142,10 +157,33 @@ def _count_calls(model: nn.Module, input_size: Sequence[int]) -> tuple[Counter[i
     except Exception as error:
         raise UsageError(f"the model does not run on an input of size {tuple(input_size)}: {error}") from error
     finally:
-        model.train(was_training)
+        for m, training in modes.items():
+            m.training = training
         for handle in handles:
             handle.remove()
-    return calls, mode.total - sum(calls.values())
+    return calls, mode.total - by_modules["relu"]
+
+
+def _refuse(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if not bool(torch.isfinite(p).all()):
+            raise UnsupportedModelError(
+                f"the weights hold NaN or infinite values in '{name}'; load a sound checkpoint."
+            )
+    for name, m in model.named_modules():
+        computed = parametrize.is_parametrized(m) or (
+            _kind(m) in (QuantConv2d, QuantLinear) and "weight" not in m._parameters
+        )
+        if computed:
+            raise UnsupportedModelError(
+                f"the weight of '{name}' is computed from others (weight norm, spectral norm, pruning, parametrization); "
+                "make it permanent first: remove_weight_norm, remove_spectral_norm, prune.remove or remove_parametrizations."
+            )
+    if not any(_kind(m) in (QuantConv2d, QuantLinear) for m in model.modules()):
+        kinds = ", ".join(sorted({type(m).__name__ for m in model.modules()})[:12])
+        raise UnsupportedModelError(
+            f"nothing in the model can be quantized: no nn.Conv2d or nn.Linear (it holds {kinds})."
+        )
 
 
 def convert(
@@ -163,81 +201,76 @@ def convert(
     Args:
         weight_bits, act_bits: 2 to 8.
         ema: range tracking of the activations, see `QuantAct`.
-        input_size: `(C, H, W)`. With it the network is run once on zeros, so that a ReLU module that is called several times
-            gets one quantizer per call; without it every module counts as called once.
+        input_size: `(C, H, W)`. With it network and copy are run once on zeros: a ReLU module that is called several times
+            gets one quantizer per call, a layer that is never called stays float, and a copy that does not call its own
+            layers is refused. Without it every module counts as called once.
 
     Raises:
-        UnsupportedModelError: nothing in the network can be quantized, or its weights hold NaN or infinity.
+        UnsupportedModelError: nothing in the network can be quantized, its weights hold NaN or infinity, or it reaches its
+            layers in a way that a copy does not carry over (a forward patched with a closure).
     """
     check_bits("weight_bits", weight_bits)
     check_bits("act_bits", act_bits)
-    for name, p in model.named_parameters():
-        if not bool(torch.isfinite(p).all()):
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    _refuse(model)
+    watched = {name: m for name, m in model.named_modules() if _kind(m)}
+    calls, functional = Counter(dict.fromkeys(watched, 1)), 0
+    if input_size is not None:
+        calls, functional = _count_calls(model, watched, input_size)
+    # The copy's modules change their class in place: whatever refers to them (lists, bound methods, hooks, tied weights)
+    # keeps referring to them.
+    student = copy.deepcopy(model)
+    weight = next(student.parameters())
+    for name, m in list(student.named_modules()):
+        twin = _kind(m)
+        if twin is None or not calls[name]:
+            continue
+        m.__class__ = twin
+        if isinstance(m, _ThenQuant):
+            acts = (QuantAct(act_bits, ema, device=weight.device, dtype=weight.dtype) for _ in range(calls[name]))
+            m.quant, m.next_call = nn.ModuleList(acts).train(m.training), 0
+        else:
+            m.weight_bits = weight_bits  # type: ignore[assignment]
+    if input_size is not None:
+        own = {name: m for name, m in student.named_modules() if name in watched}
+        again, _ = _count_calls(student, own, input_size)
+        missed = [name for name in calls if calls[name] != again[name]]
+        if missed:
             raise UnsupportedModelError(
-                f"the weights hold NaN or infinite values in '{name}'; load a sound checkpoint."
+                f"the forward of a copy of the model does not call the copy's '{missed[0]}': the model reaches its layers "
+                "through a patched forward or a closure; define forward in the class."
             )
-    if not any(type(m) in (nn.Conv2d, nn.Linear) for m in model.modules()):
-        kinds = ", ".join(sorted({type(m).__name__ for m in model.modules()})[:12])
-        raise UnsupportedModelError(
-            f"nothing in the model can be quantized: no nn.Conv2d or nn.Linear (it holds {kinds})."
-        )
-    if sum(p.numel() for p in model.parameters()) and input_size is not None:
-        calls, functional = _count_calls(model, input_size)
-    else:
-        calls, functional = Counter({id(m): 1 for m in model.modules()}), 0
-
-    done: dict[int, nn.Module] = {}
-
-    def build(module: nn.Module) -> nn.Module:
-        """The quantized twin of one module; a module shared by several parents stays shared."""
-        if id(module) not in done:
-            if type(module) is nn.Conv2d:
-                done[id(module)] = QuantConv2d.from_float(module, weight_bits)
-            elif type(module) is nn.Linear:
-                done[id(module)] = QuantLinear.from_float(module, weight_bits)
-            elif _is_relu(module) and calls[id(module)]:
-                done[id(module)] = ActThenQuant(copy.deepcopy(module), act_bits, ema, calls[id(module)]).train(
-                    module.training
-                )
-            else:
-                # A shallow copy, so that children are converted rather than copied; own tensors are copied below.
-                twin = copy.copy(module)
-                twin._modules = {n: child and build(child) for n, child in module._modules.items()}
-                twin._parameters = copy.deepcopy(module._parameters, memo)
-                twin._buffers = copy.deepcopy(module._buffers, memo)
-                twin._forward_hooks, twin._forward_pre_hooks = (
-                    module._forward_hooks.copy(),
-                    module._forward_pre_hooks.copy(),
-                )
-                done[id(module)] = twin
-        return done[id(module)]
-
-    memo: dict[int, Any] = {}
-    student = build(model)
-    student.register_forward_pre_hook(_restart_calls)
+    if any(n > 1 for n in calls.values()):
+        student.register_forward_pre_hook(_restart_calls)
     student.zsq_functional_relus = functional  # type: ignore[assignment]
     return student
 
 
 def _sites(model: nn.Module) -> Iterator[Site]:
     for name, m in model.named_modules():
+        kind, size = type(m).__name__, sum(p.numel() for p in m.parameters(recurse=False) if p.dim() > 1)
         if isinstance(m, (QuantConv2d, QuantLinear)):
-            kind = "conv" if isinstance(m, QuantConv2d) else "linear"
-            yield Site(name, kind, m.weight_bits, m.weight.numel(), m.weight.shape[0])
-        elif isinstance(m, (nn.Conv2d, nn.Linear)):
-            why = "its class overrides nn.Conv2d or nn.Linear, whose arithmetic is not known"
-            yield Site(name, type(m).__name__, None, m.weight.numel(), note=why)
+            yield Site(
+                name,
+                "conv" if isinstance(m, QuantConv2d) else "linear",
+                m.weight_bits,
+                m.weight.numel(),
+                m.weight.shape[0],
+            )
         elif isinstance(m, QuantAct):
             yield Site(name, "act", m.bits)
-        elif _is_relu(m) and not name.endswith(".act"):
-            yield Site(name, type(m).__name__, None, note="never called in the forward")
-        elif isinstance(m, _FLOAT_ACTIVATIONS):
-            yield Site(name, type(m).__name__, None, note="only ReLU and ReLU6 outputs are quantized")
+        elif isinstance(m, _ThenQuant):
+            continue
+        elif _kind(m):
+            yield Site(name, kind, None, size, note="never called in the forward")
+        elif size:
+            yield Site(name, kind, None, size, note="only nn.Conv2d and nn.Linear weights are quantized, no subclasses")
+        elif isinstance(m, (nn.ReLU, nn.Hardtanh, *_FLOAT_ACTIVATIONS)):
+            yield Site(name, kind, None, note="only nn.ReLU and nn.ReLU6 outputs are quantized, no subclasses")
     functional = getattr(model, "zsq_functional_relus", 0)
     if functional:
-        yield Site(
-            "", "F.relu", None, note=f"{functional} rectifier calls are functions, not modules; use nn.ReLU modules"
-        )
+        note = f"{functional} rectifier calls are not those of nn.ReLU or nn.ReLU6 modules; use such modules"
+        yield Site("", "F.relu", None, note=note)
 
 
 def summarize(model: nn.Module) -> Summary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -30,12 +31,8 @@ class QuantConv2d(nn.Conv2d):
 
     @classmethod
     def from_float(cls, conv: nn.Conv2d, weight_bits: int = 4) -> QuantConv2d:
-        """A quantized copy of a float layer; the layer itself is not touched."""
-        new = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
-            conv.bias is not None, conv.padding_mode, device="meta", weight_bits=weight_bits,
-        )  # fmt: skip
-        return _adopt(new, conv)
+        """A quantized copy of a float layer, hooks and memory layout included; the layer itself is not touched."""
+        return _from_float(cls, nn.Conv2d, conv, weight_bits)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, ops.fake_quant_weight(self.weight, self.weight_bits), self.bias)
@@ -53,11 +50,8 @@ class QuantLinear(nn.Linear):
 
     @classmethod
     def from_float(cls, linear: nn.Linear, weight_bits: int = 4) -> QuantLinear:
-        """A quantized copy of a float layer; the layer itself is not touched."""
-        new = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, device="meta", weight_bits=weight_bits
-        )
-        return _adopt(new, linear)
+        """A quantized copy of a float layer, hooks and memory layout included; the layer itself is not touched."""
+        return _from_float(cls, nn.Linear, linear, weight_bits)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, ops.fake_quant_weight(self.weight, self.weight_bits), self.bias)
@@ -66,12 +60,13 @@ class QuantLinear(nn.Linear):
         return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
 
 
-def _adopt(new: Any, old: nn.Module) -> Any:
-    """Give a layer built on the meta device copies of the float layer's tensors, strides and flags included."""
-    for name, tensor in old.named_parameters(recurse=False):
-        copy = tensor.detach().clone(memory_format=torch.preserve_format)
-        setattr(new, name, nn.Parameter(copy, requires_grad=tensor.requires_grad))
-    return new.train(old.training)
+def _from_float(cls: type[nn.Module], base: type[nn.Module], layer: nn.Module, weight_bits: int) -> Any:
+    if type(layer) not in (base, cls) or "weight" not in layer._parameters:
+        raise UsageError(f"{cls.__name__}.from_float takes a plain nn.{base.__name__}, got {type(layer).__name__}")
+    new = copy.deepcopy(layer)
+    new.__class__ = cls
+    new.weight_bits = check_bits("weight_bits", weight_bits)  # type: ignore[assignment]
+    return new
 
 
 class QuantAct(nn.Module):
@@ -94,16 +89,16 @@ class QuantAct(nn.Module):
     hi: Tensor
     beta_t: Tensor
 
-    def __init__(self, bits: int = 4, ema: str = "reference"):
+    def __init__(self, bits: int = 4, ema: str = "reference", device: Any = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.bits = check_bits("act_bits", bits)
         if ema not in ("reference", "plain"):
             raise UsageError(f"QuantAct: ema must be 'reference' or 'plain', got {ema!r}")
         self.ema = ema
         self.frozen = False
-        self.register_buffer("lo", torch.tensor(float("nan")))
-        self.register_buffer("hi", torch.tensor(float("nan")))
-        self.register_buffer("beta_t", torch.tensor(1.0))
+        self.register_buffer("lo", torch.tensor(float("nan"), device=device, dtype=dtype))
+        self.register_buffer("hi", torch.tensor(float("nan"), device=device, dtype=dtype))
+        self.register_buffer("beta_t", torch.tensor(1.0, device=device, dtype=dtype))
 
     def freeze(self) -> QuantAct:
         """Keep the range as it is from now on."""
