@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from networks import tiny
@@ -14,7 +16,7 @@ from zsq_fast.methods.generators import ConditionalBatchNorm2d, Generator
 
 SIZE = (3, 8, 8)
 TINY = ["schedule.epochs=4", "schedule.iterations=3", "schedule.batch_size=8", "schedule.warmup_epochs=2", "schedule.calibration_epochs=2",
-        "schedule.milestones=[3]"]  # fmt: skip
+        "schedule.milestones=[3]", "quant.ema=plain"]  # fmt: skip
 
 
 def recipe(name="ait", *more, **options) -> Recipe:
@@ -60,8 +62,8 @@ def test_published_numbers():
                 5,
                 1,
             )
-    assert load_recipe("ait", input_size=(3, 32, 32)).schedule.student_steps == 79_200
-    assert load_recipe("rtn", input_size=(3, 32, 32)).schedule.student_steps == 0
+    assert load_recipe("ait", input_size=(3, 32, 32)).student_steps == 79_200
+    assert load_recipe("rtn", input_size=(3, 32, 32)).student_steps == 0
 
 
 def test_decay_indices():
@@ -125,10 +127,7 @@ def test_recipe_from_a_file(tmp_path):
 def test_generator_structure(device):
     """ait_family.md 4.1: sizes, the damped norms, zero mean and unit variance of the images."""
     g = Generator("plain", 10, (3, 32, 32)).to(device).train()
-    assert (
-        sum(p.numel() for p in g.parameters()) == 1_051_011 + 0
-        or round(sum(p.numel() for p in g.parameters()) / 1e6, 2) == 1.05
-    )
+    assert round(sum(p.numel() for p in g.parameters()) / 1e6, 2) == 1.05
     images = g(torch.randn(64, 100, device=device), torch.randint(10, (64,), device=device))
     assert images.shape == (64, 3, 32, 32)
     assert images.mean((0, 2, 3)).abs().max() < 1e-4 and (images.var((0, 2, 3)) - 1).abs().max() < 1e-2
@@ -157,14 +156,15 @@ def test_conditional_norm():
 def test_every_recipe_runs(name, device):
     result = train(name, teacher=tiny().to(device))
     assert len(result.history) == 4 and all(torch.isfinite(p).all() for p in result.student.parameters())
-    assert not result.student.training and ("student_loss" in result.history[-1])
+    assert not result.student.training and ("student_loss" in result.history[-1]) == (name != "rtn")
+    assert all(m.frozen for m in result.student.modules() if isinstance(m, zsq.QuantAct))
     assert ("update_ratio" in result.history[-1]) == (name == "ait")
 
 
 @pytest.mark.parametrize(
     "switch",
-    ["quant.ema=plain", "student.kd_reduction=batchmean", "student.nesterov=false", "student.ce_weight=0.5", "generator.kind=conditional",
-     "inundation.search_steps=0", "inundation.capped_epochs=0", "student.weight_decay=0.01", "generator.bns_weight=0"],
+    ["quant.ema=reference", "student.kd_reduction=batchmean", "student.nesterov=false", "student.ce_weight=0.5",
+     "generator.kind=conditional", "inundation.search_steps=0", "inundation.capped_epochs=0", "student.weight_decay=0.01", "generator.bns_weight=0"],
 )  # fmt: skip
 def test_every_switch_changes_the_result(switch):
     plain, switched = (train("ait", *s, "quant.weight_bits=3") for s in ((), (switch,)))
@@ -241,8 +241,9 @@ def test_training_in_lockstep_equals_training_alone():
     for name, result in zip(names, run_together(trainers), strict=True):
         alone = train(name, teacher=teacher, seed=3)
         assert same_tensors(result.student, alone.student) and result.history == alone.history
-    with pytest.raises(UsageError, match="share images only"):
-        Trainer(teacher, recipe(), input_size=SIZE, seed=4, share=trainers[0])
+    for other, seed in ((teacher, 4), (tiny(), 3)):
+        with pytest.raises(UsageError, match="share images only"):
+            Trainer(other, recipe(), input_size=SIZE, seed=seed, share=trainers[0])
 
 
 def test_evaluations_are_reported_and_choose_nothing():
@@ -256,11 +257,59 @@ def test_evaluations_are_reported_and_choose_nothing():
 
 def test_rtn_moves_no_weight():
     teacher = tiny()
-    result = Trainer(
-        teacher, load_recipe("rtn", input_size=SIZE, overrides=[*TINY, "schedule.epochs=2"]), input_size=SIZE
-    ).run()
+    result = Trainer(teacher, recipe("rtn"), input_size=SIZE).run()  # epochs after the warm-up train only the generator
     for name, p in teacher.state_dict().items():
         assert torch.equal(result.student.state_dict()[name], p)
+
+
+def test_a_schedule_without_a_student_step_is_refused():
+    with pytest.raises(UsageError, match=r"schedule\.epochs must be more than schedule\.warmup_epochs \(50\)"):
+        load_recipe("ait", input_size=(3, 224, 224), overrides=["schedule.epochs=20"])
+
+
+def test_a_child_recipe_stands_above_its_parents_tables(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('extends = "gdfq"\n[schedule]\nepochs = 77\n[student]\nlr = 0.5\n')
+    for schedule in ("paper", "short"):
+        r = load_recipe(str(file), input_size=(3, 224, 224), schedule=schedule)
+        assert (r.schedule.epochs, r.student.lr, r.generator.kind) == (77, 0.5, "conditional")
+
+
+def test_an_evaluation_that_leaves_train_mode_behind_changes_nothing():
+    def careless(network: nn.Module) -> float:
+        network.train()
+        return 50.0
+
+    assert same_tensors(train(evaluate=careless, eval_every=1).student, train().student)
+
+
+def test_only_float32_is_trained():
+    for wrong in (tiny().double(), tiny().bfloat16()):
+        with pytest.raises(UnsupportedModelError, match=r"training needs float32: call \.float\(\) first"):
+            train(teacher=wrong)
+
+
+def test_too_short_a_calibration_is_told():
+    with pytest.warns(UserWarning, match="6 calibration steps are fewer than the 175"):
+        train("ait", "quant.ema=reference")
+
+
+def test_resume_from_python(tmp_path, monkeypatch):
+    options = dict(recipe="ait", input_size=SIZE, overrides=TINY, progress=False)
+    whole = zsq.quantize(tiny(), run_dir=tmp_path / "whole", **options)
+    save, saves = Trainer.save, []
+
+    def save_then_stop(self: Trainer) -> None:
+        save(self)
+        saves.append(1)
+        if len(saves) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "save", save_then_stop)
+    with pytest.raises(zsq.errors.Interrupted, match="resume=True"):
+        zsq.quantize(tiny(), run_dir=tmp_path / "cut", **options)
+    again = zsq.quantize(tiny(), run_dir=tmp_path / "cut", resume=True, **options)
+    assert same_tensors(again, whole)
 
 
 def test_divergence_stops_with_a_name():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from networks import Reuser, look_trained, tiny
 from torch import nn
+from torch.nn.utils import prune
 
 import zsq_fast as zsq
 from zsq_fast.errors import UnsupportedModelError, UsageError
@@ -120,7 +121,7 @@ def test_a_reused_rectifier_gets_one_quantizer_per_call():
     student(torch.randn(4, 3, 8, 8))
     assert student.relu.next_call == 0
     summary = str(zsq.summarize(student))
-    assert "2 act at 4 bits" in summary and "1 rectifier calls are functions" in summary
+    assert "2 act at 4 bits" in summary and "1 rectifier calls are not those of nn.ReLU" in summary
 
 
 def test_shared_modules_stay_shared():
@@ -138,6 +139,94 @@ def test_what_stays_float_is_told():
     )
     told = {s.name: s.kind for s in zsq.summarize(student).left_float}
     assert told == {"1": "SiLU", "2": "Own"}
+
+
+def test_quantizers_live_where_the_weights_live():
+    """On a GPU a range left on the CPU fails at the first forward; the meta device shows it without one."""
+    model = tiny().double()
+    with torch.device("meta"):
+        student = zsq.convert(model, 4, 4)
+    assert {b.device.type for b in student.buffers()} == {"cpu"}
+    assert {b.dtype for m in student.modules() if isinstance(m, zsq.QuantAct) for b in m.buffers()} == {torch.float64}
+    with torch.no_grad(), zsq.nn.calibrating(student):
+        assert student(torch.randn(2, 3, 8, 8, dtype=torch.float64)).isfinite().all()
+
+
+class Indirect(nn.Module):
+    """Reaches its layers through a bound method and a plain list."""
+
+    def __init__(self):
+        super().__init__()
+        body = tiny()
+        self.body, self.layers, self.run = body, list(body), self._run
+
+    def _run(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def forward(self, x):
+        return self.run(x)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: Indirect(), torch.compile], ids=["references", "compiled"])
+def test_the_copy_computes_with_its_own_layers(wrap):
+    teacher = wrap(tiny())
+    student = zsq.convert(teacher, 2, 8, input_size=(3, 8, 8))
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad(), zsq.nn.calibrating(student):
+        student(x)
+    student(x).sum().backward()
+    assert all(p.grad is not None for p in student.parameters()) and all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_copy_that_calls_the_original_is_refused():
+    model = tiny()
+    original = model.forward
+    model.forward = lambda x: original(x)
+    with pytest.raises(UnsupportedModelError, match="does not call the copy's '0'"):
+        zsq.convert(model, input_size=(3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.parametrizations.weight_norm,
+        lambda m: prune.l1_unstructured(m, "weight", 0.5),
+    ],
+    ids=["weight_norm", "parametrized", "pruned"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_computed_weights_are_refused_with_the_remedy(spoil):
+    model = tiny()
+    spoil(model[0])
+    with pytest.raises(UnsupportedModelError, match="weight of '0' is computed from others"):
+        zsq.convert(model)
+
+
+def test_hooks_ties_and_modes_survive():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1, bias=False))
+    model[2].weight = model[0].weight
+    model[0].register_forward_hook(lambda m, i, out: out + 100)
+    model.train()
+    model[1].eval()
+    student = zsq.convert(model, input_size=(3, 4, 4))
+    assert [m.training for m in model] == [True, False, True] == [m.training for m in student]
+    assert student[0].weight is student[2].weight and student[0](torch.zeros(1, 3, 4, 4)).min() > 90
+
+
+def test_layers_that_are_never_called_stay_float():
+    model = tiny()
+    model.add_module("spare", nn.Linear(3, 3))
+    model.forward = None  # type: ignore[assignment]
+    del model.forward
+    model.__class__ = type(
+        "Skipping", (nn.Sequential,), {"forward": lambda self, x: nn.Sequential.forward(self[:9], x)}
+    )
+    student = zsq.convert(model, input_size=(3, 8, 8))
+    assert type(student.spare) is nn.Linear
+    assert {s.name: s.note for s in zsq.summarize(student).left_float} == {"spare": "never called in the forward"}
 
 
 def test_models_that_cannot_be_quantized():

@@ -262,6 +262,34 @@ def test_opcheck(name, device):
     torch.library.opcheck(getattr(torch.ops.zsq, name).default, samples(device)[name])
 
 
+@pytest.mark.parametrize("layout", ["slice", "channels_last", "transposed", "expanded", "channel_slice"])
+def test_opcheck_of_layouts(layout, device):
+    """What tracing is told about the strides of a result is what the kernel returns."""
+    x = torch.randn(4, 6, 5, 5, device=device)
+    wide = torch.randn(4, 12, 5, 5, device=device).to(memory_format=torch.channels_last)
+    x = wide[:, :6] if layout == "channel_slice" else strided(x)[layout]
+    one = [torch.ones((), device=device) for _ in range(3)]
+    mean, var = torch.randn(6, device=device), torch.rand(6, device=device)
+    for name, args in {
+        "fake_quant_weight": (x, 4), "weight_codes": (x, 4), "fake_quant_act": (x, *one[:2], 4),
+        "fake_quant_act_running": (x, *one, 4, 0.9, True), "bn_stats_match": (x, mean, var),
+        "bn_stats_match_backward": (one[0], x, mean, var, mean, var),
+    }.items():  # fmt: skip
+        op = getattr(torch.ops.zsq, name).default
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_updates_in_place_count_as_changes(device):
+    """A backward pass that saved a weight before the step must notice."""
+    args = samples(device)["gi_sgd_"]
+    versions = [t._version for t in (*args[0], *args[2], args[3], args[4])]
+    torch.ops.zsq.gi_sgd_(*args)
+    assert [t._version for t in (*args[0], *args[2], args[3], args[4])] == [v + 1 for v in versions]
+    x, lo, hi, beta = samples(device)["fake_quant_act_running"][:4]
+    torch.ops.zsq.fake_quant_act_running(x, lo, hi, beta, 4, 0.9, True)
+    assert lo._version == hi._version == beta._version == 1
+
+
 def test_compiles_as_one_graph(device):
     lo, hi = torch.zeros((), device=device), torch.ones((), device=device)
     mean, var = torch.zeros(6, device=device), torch.ones(6, device=device)

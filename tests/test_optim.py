@@ -196,6 +196,10 @@ def test_optimizer_groups_missing_gradients_and_state():
     params[0].grad, params[2].grad = grads[0], grads[2]
     opt.step()
     assert opt.kappa[1] == 0 and opt.changed[1] == 0 and opt.kappa[0] >= 1 and 1 <= opt.kappa[2] <= 128
+    later = zsq.optim.GISGD(params[:1], lr=1e-4)
+    later.add_param_group({"params": params[1:]})
+    later.step()
+    assert later.kappa.shape == (3,)
     again = zsq.optim.GISGD([{"params": params[:1]}, {"params": params[1:]}], lr=1.0)
     again.load_state_dict(opt.state_dict())
     assert again.param_groups[1]["capped"] and again.param_groups[0]["lr"] == 1e-4

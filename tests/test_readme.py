@@ -20,9 +20,8 @@ SHORT = str([f"schedule.{name}={value}" for name, value in NUMBERS.items()])
 def test_quantize_a_torchvision_network():
     pytest.importorskip("torchvision")
     block = next(b for b in BLOCKS if "resnet18" in b)
-    code = block.replace('weights="DEFAULT"', "weights=None").replace(
-        "seed=0)", f"seed=0, force=True, progress=False, overrides={SHORT})"
-    )
+    code = block.replace('weights="DEFAULT"', "weights=None")
+    code = code.replace("seed=0", f"seed=0, force=True, progress=False, overrides={SHORT}")
     assert code.count("force=True") == 1 and "weights=None" in code
     names: dict = {}
     exec(code, names)
