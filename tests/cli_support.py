@@ -20,7 +20,13 @@ from zsq_fast.cli import main
 
 # Other processes import the package that is tested here, be it installed or the source tree.
 # One thread: two on a busy machine wait for each other more than they compute.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(errors.__file__).parents[1])}
+# PYTHONSAFEPATH (3.11): `python -m` must not put the working directory, which may be this repository, before it.
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONSAFEPATH": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(Path(errors.__file__).parents[1]),
+}
 SIZE = "3,8,8"
 
 

@@ -164,7 +164,8 @@ def test_every_recipe_runs(name, device):
 @pytest.mark.parametrize(
     "switch",
     ["quant.ema=reference", "student.kd_reduction=batchmean", "student.nesterov=false", "student.ce_weight=0.5",
-     "generator.kind=conditional", "inundation.search_steps=0", "inundation.capped_epochs=0", "student.weight_decay=0.01", "generator.bns_weight=0"],
+     "generator.kind=conditional", "inundation.search_steps=0", "inundation.capped_epochs=0", "student.weight_decay=0.01",
+     "generator.bns_weight=0"],
 )  # fmt: skip
 def test_every_switch_changes_the_result(switch):
     plain, switched = (train("ait", *s, "quant.weight_bits=3") for s in ((), (switch,)))

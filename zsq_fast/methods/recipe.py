@@ -248,7 +248,7 @@ def _resolve(name: str, large: bool, schedule: str, children: tuple[str, ...] = 
     parent = table.pop("extends", None)
     resolved = {} if parent is None else _resolve(parent, large, schedule, (*children, name))
     for_large, short = table.pop("large", {}), table.pop("short", {})
-    for_short_large = short.pop("large", {}) if isinstance(short, Mapping) else {}
+    for_short_large = short.pop("large", {}) if isinstance(short, dict) else {}
     layers = [
         (True, table),
         (large, for_large),

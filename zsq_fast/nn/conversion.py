@@ -230,7 +230,7 @@ def convert(
             acts = (QuantAct(act_bits, ema, device=weight.device, dtype=weight.dtype) for _ in range(calls[name]))
             m.quant, m.next_call = nn.ModuleList(acts).train(m.training), 0
         else:
-            m.weight_bits = weight_bits  # type: ignore[assignment]
+            m.weight_bits = weight_bits
     if input_size is not None:
         own = {name: m for name, m in student.named_modules() if name in watched}
         again, _ = _count_calls(student, own, input_size)
@@ -242,7 +242,7 @@ def convert(
             )
     if any(n > 1 for n in calls.values()):
         student.register_forward_pre_hook(_restart_calls)
-    student.zsq_functional_relus = functional  # type: ignore[assignment]
+    student.zsq_functional_relus = functional
     return student
 
 
