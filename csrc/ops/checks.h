@@ -4,8 +4,11 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string>
+#include <vector>
 
 #include "../quant_math.h"
 
@@ -148,4 +151,38 @@ inline Tensor strided_like(const Tensor& t, const Tensor& weight) {
   return t.strides() == weight.strides() ? t
                                          : at::empty_strided(weight.sizes(), weight.strides(), t.options()).copy_(t);
 }
+
+// Row views of the tensors of a gi_sgd_ step. Copies of odd layouts live here; weights and momenta are written back.
+struct GiViews {
+  at::TensorList weights, momenta;
+  std::vector<Tensor> w, g, v;
+
+  GiViews(at::TensorList weights, at::TensorList grads, at::TensorList momenta) : weights(weights), momenta(momenta) {
+    for (size_t i = 0; i < weights.size(); ++i) {
+      w.push_back(with_dense_rows(weights[i]));
+      g.push_back(strided_like(grads[i], w[i]));
+      v.push_back(strided_like(momenta[i], w[i]));
+    }
+  }
+  // GiTensor {weight, grad, momentum, rows, cols} of the CPU or of the CUDA kernel.
+  template <class GiTensor>
+  std::vector<GiTensor> tensors() const {
+    using Extent = decltype(GiTensor::rows);
+    std::vector<GiTensor> out;
+    for (size_t i = 0; i < w.size(); ++i) {
+      const int64_t rows = w[i].size(0), cols = rows ? w[i].numel() / rows : 0;
+      TORCH_CHECK_VALUE(std::max(rows, cols) <= std::numeric_limits<Extent>::max(), "gi_sgd_: weights[", i,
+                        "] has too many rows or columns: ", w[i].sizes());
+      out.push_back({w[i].mutable_data_ptr<float>(), g[i].const_data_ptr<float>(), v[i].mutable_data_ptr<float>(),
+                     Extent(rows), Extent(cols)});
+    }
+    return out;
+  }
+  void write_back() const {
+    for (size_t i = 0; i < w.size(); ++i) {
+      if (!w[i].is_same(weights[i])) weights[i].copy_(w[i]);
+      if (!v[i].is_same(momenta[i])) momenta[i].copy_(v[i]);
+    }
+  }
+};
 }  // namespace zsq

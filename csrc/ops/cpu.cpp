@@ -135,22 +135,11 @@ void gi_sgd_(at::TensorList weights, at::TensorList grads, at::TensorList moment
              int64_t search_steps, bool capped) {
   const GiOptions options{lr, momentum, weight_decay, threshold, int(bits), int(search_steps), nesterov, capped};
   check_gi_sgd(weights, grads, momenta, kappa, changed, options);
-  std::vector<Tensor> w, g, v;  // keep the copies of odd layouts alive; weights and momenta are written back
-  std::vector<cpu::GiTensor> tensors;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    w.push_back(with_dense_rows(weights[i]));
-    g.push_back(strided_like(grads[i], w[i]));
-    v.push_back(strided_like(momenta[i], w[i]));
-    const int64_t rows = w[i].size(0);
-    tensors.push_back({w[i].mutable_data_ptr<float>(), g[i].const_data_ptr<float>(), v[i].mutable_data_ptr<float>(),
-                       rows, rows ? w[i].numel() / rows : 0});
-  }
+  const GiViews views(weights, grads, momenta);
+  const auto tensors = views.tensors<cpu::GiTensor>();
   cpu::kernels().gi_sgd(tensors.data(), int64_t(tensors.size()), options, kappa.mutable_data_ptr<float>(),
                         changed.mutable_data_ptr<int64_t>(), threads());
-  for (size_t i = 0; i < weights.size(); ++i) {
-    if (!w[i].is_same(weights[i])) weights[i].copy_(w[i]);
-    if (!v[i].is_same(momenta[i])) momenta[i].copy_(v[i]);
-  }
+  views.write_back();
 }
 }  // namespace
 

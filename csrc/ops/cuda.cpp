@@ -9,9 +9,6 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <limits>
-#include <vector>
-
 #include "../cuda/kernels.h"
 #include "checks.h"
 
@@ -131,36 +128,19 @@ Tensor bn_stats_match_backward(const Tensor& grad_loss, const Tensor& x, const T
   return strided_as_result_of(x, v.x, grad_x);
 }
 
-int32_t extent(int64_t n) {
-  TORCH_CHECK_VALUE(n <= std::numeric_limits<int32_t>::max(),
-                    "gi_sgd_: a weight may have at most 2^31 - 1 rows and columns");
-  return int32_t(n);
-}
-
 void gi_sgd_(at::TensorList weights, at::TensorList grads, at::TensorList momenta, Tensor& kappa, Tensor& changed,
              double lr, double momentum, bool nesterov, double weight_decay, int64_t bits, double threshold,
              int64_t search_steps, bool capped) {
   const GiOptions options{lr, momentum, weight_decay, threshold, int(bits), int(search_steps), nesterov, capped};
   check_gi_sgd(weights, grads, momenta, kappa, changed, options);
   const On on(weights[0]);
-  std::vector<Tensor> w, g, v;  // keep the copies of odd layouts alive; weights and momenta are written back
-  std::vector<cuda::GiTensor> tensors;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    w.push_back(with_dense_rows(weights[i]));
-    g.push_back(strided_like(grads[i], w[i]));
-    v.push_back(strided_like(momenta[i], w[i]));
-    const int64_t rows = w[i].size(0);
-    tensors.push_back({w[i].mutable_data_ptr<float>(), g[i].const_data_ptr<float>(), v[i].mutable_data_ptr<float>(),
-                       extent(rows), extent(rows ? w[i].numel() / rows : 0)});
-  }
+  const GiViews views(weights, grads, momenta);
+  const auto tensors = views.tensors<cuda::GiTensor>();
   const int count = int(tensors.size());
   Tensor scratch = workspace(weights[0], cuda::gi_sgd_workspace(count));
   C10_CUDA_CHECK(cuda::gi_sgd(tensors.data(), count, kappa.mutable_data_ptr<float>(),
                               changed.mutable_data_ptr<int64_t>(), options, scratch.mutable_data_ptr(), on.stream));
-  for (size_t i = 0; i < weights.size(); ++i) {
-    if (!w[i].is_same(weights[i])) weights[i].copy_(w[i]);
-    if (!v[i].is_same(momenta[i])) momenta[i].copy_(v[i]);
-  }
+  views.write_back();
 }
 }  // namespace
 
