@@ -21,7 +21,9 @@ namespace {
 const Kernels& choose() {
 #if defined(__x86_64__)
   const char* wish = std::getenv("ZSQ_CPU_ISA");
-  const auto allowed = [wish](const char* isa) { return !wish || !*wish || !std::strcmp(wish, isa); };
+  const auto is = [wish](const char* isa) { return wish && !std::strcmp(wish, isa); };
+  const bool free_choice = !is("avx512") && !is("avx2") && !is("portable");  // an unknown name is no wish
+  const auto allowed = [&](const char* isa) { return free_choice || is(isa); };
   __builtin_cpu_init();
   if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
