@@ -1,4 +1,5 @@
-# make demo | make test: on a fresh machine with python3 and a C++ compiler (nvcc for the CUDA kernels). Everything lands in $(VENV).
+# make demo | make test: on a fresh machine with python3 and its venv module; for the kernels g++ and Python's headers (Debian, Ubuntu:
+# apt-get install python3-venv g++ python3-dev), nvcc for those on a GPU. Everything lands in $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch torchvision
@@ -15,7 +16,7 @@ CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.
 EXPECTED = cpu$(if $(findstring cuda,$(shell $(BIN)/python build_backend/zsq_probe.py)),$(comma)cuda)
 comma := ,
 
-.PHONY: demo test lint bench gpu-check env clean
+.PHONY: demo test lint bench gpu-check env clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -33,7 +34,12 @@ $(VENV)/.torch:
 	$(PIP) install --quiet $(TORCH)
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+# The list of the sources, rewritten when it changes: a file that is gone makes no target older, but must go from the installation too.
+$(VENV)/.sources: FORCE | $(VENV)/.torch
+	@echo $(sort $(SOURCES)) | cmp -s - $@ || echo $(sort $(SOURCES)) > $@
+FORCE:
+
+$(VENV)/.installed: $(VENV)/.torch $(VENV)/.sources $(SOURCES)
 	$(PIP) install --quiet '.[demo,test]'
 	$(BIN)/zsq-fast env
 	touch $@
@@ -52,8 +58,8 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.installed
 	$(BIN)/python -c "import runpy, sys; sys.path.append(sys.path.pop(0)); runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)" $(BENCH_ARGS)
 
-# Needs a GPU with its driver, nvcc, cmake, and a $(PYTHON) that has a CUDA torch, setuptools 77, numpy, safetensors, rich, filelock and
-# pytest; no network. Builds for that GPU into .gpu/site and runs the tests from there, so that this tree does not shadow the build.
+# Needs a GPU with its driver, nvcc, cmake, and a $(PYTHON) that has a CUDA torch, setuptools 77, numpy, safetensors, rich, filelock,
+# pytest and hypothesis; no network. Builds for that GPU into .gpu/site and runs the tests from there, so that this tree does not shadow the build.
 gpu-check:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'no GPU visible to torch'; print(torch.__version__, torch.cuda.get_device_name())"
 	rm -rf .gpu/site

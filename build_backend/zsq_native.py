@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import zsq_probe
+
+try:
+    import fcntl
+except ImportError:  # Windows: two builds at a time are not kept apart there
+    fcntl = None
 
 ROOT = Path(__file__).resolve().parent.parent
 INFO_NAME = "_build_info.json"
@@ -49,15 +53,20 @@ def work_dir(plan: zsq_probe.Plan) -> Path:
 def _locked(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
 def _environment(plan: zsq_probe.Plan) -> dict[str, str]:
     env = dict(os.environ)
-    # Flags meant for torch's own ninja builds or for other projects must not weaken exact arithmetic.
-    for name in ("CUDAARCHS", "CUDACXX", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"):
+    # Flags meant for torch's own ninja builds or for other projects must not weaken exact arithmetic (-ffast-math).
+    for name in ("CUDAARCHS", "CUDACXX", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CFLAGS", "CXXFLAGS", "CUDAFLAGS"):
         env.pop(name, None)
+    # Library folders (-L, -Wl, conda needs them) stay. -Ofast, -ffast-math and -mdaz-ftz would link start-up code that
+    # flushes denormals in the whole process.
+    words = [w for w in env.get("LDFLAGS", "").split() if not re.match(r"-O|-m|-f(?!use-ld)", w)]
+    env["LDFLAGS"] = " ".join(words)
     if plan.nvcc:
         env["CUDA_HOME"] = plan.nvcc.root
     return env

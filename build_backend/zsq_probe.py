@@ -17,6 +17,7 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
+USUAL_NVCC = ("/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc")
 DEFAULT_ARCHES = ("75", "80", "86", "89", "90", "100", "120")
 
 # A reason contains the words on the left; the user's next step stands on the right. Without one, build again.
@@ -98,10 +99,19 @@ def ask(command: list[str], timeout: float = 60) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command that may not exist."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=clean, timeout=timeout)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=clean, timeout=timeout)
     except (OSError, subprocess.TimeoutExpired) as problem:
         return 127, "", str(problem)
     return done.returncode, done.stdout, done.stderr
+
+
+def _answer(out: str) -> dict | None:
+    """The JSON object on the last line (a .pth file or sitecustomize may have printed before it), or None."""
+    try:
+        found = json.loads((out.strip().splitlines() or [""])[-1])
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _parent() -> tuple[str | None, str | None]:
@@ -134,10 +144,10 @@ def find_torch() -> tuple[Torch | None, str]:
     notes = []
     for python in interpreters():
         code, out, err = ask([python, "-E", "-c", _ASK])
-        if code:
-            notes.append(f"{python} does not run: {(err.strip().splitlines() or ['no output'])[-1]}")
+        found = None if code else _answer(out)
+        if found is None:
+            notes.append(f"{python} does not run: {(err.strip().splitlines() or ['no answer'])[-1]}")
             continue
-        found = json.loads(out)
         if "torch" not in found:
             continue
         if found["ext_suffix"] != sysconfig.get_config_var("EXT_SUFFIX"):
@@ -150,9 +160,9 @@ def find_torch() -> tuple[Torch | None, str]:
 def torch_paths(torch: Torch) -> tuple[dict | None, str]:
     """Include and library directories from torch.utils.cpp_extension of the target environment."""
     code, out, err = ask([torch.python, "-E", "-c", _ASK_PATHS], timeout=300)
-    if code:
-        return None, f"torch {torch.version} cannot be imported: {(err.strip().splitlines() or ['no output'])[-1]}"
-    return json.loads(out.strip().splitlines()[-1]), ""
+    paths = None if code else _answer(out)
+    why = f"torch {torch.version} cannot be imported: {(err.strip().splitlines() or ['no answer'])[-1]}"
+    return paths, "" if paths else why
 
 
 def find_compiler() -> tuple[str | None, str]:
@@ -187,7 +197,7 @@ def _nvcc_candidates(major: int) -> list[str]:
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     paths = [os.path.join(h, "bin", "nvcc") for h in homes if h]
     paths += [p for p in (shutil.which("nvcc"),) if p]
-    paths += [*from_pip, "/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc"]
+    paths += [*from_pip, *USUAL_NVCC]
     return list(dict.fromkeys(p for p in paths if os.access(p, os.X_OK)))
 
 
@@ -273,11 +283,18 @@ def make_plan() -> Plan:
 
 
 def required_kernels() -> list[str]:
-    """Devices named in ZSQ_REQUIRE_KERNELS, for which a missing kernel is a build error."""
-    names = [n.strip() for n in os.environ.get("ZSQ_REQUIRE_KERNELS", "").split(",") if n.strip()]
-    if unknown := sorted(set(names) - {"cpu", "cuda"}):
-        raise SystemExit(f"ZSQ_REQUIRE_KERNELS: unknown device {', '.join(unknown)}; write cpu, cuda or cpu,cuda")
-    return names
+    """Devices named in ZSQ_REQUIRE_KERNELS ("1": both), for which a missing kernel is a build error.
+
+    The rules of zsq_fast/_build.py, which cannot be imported where there is no torch.
+    """
+    words = os.environ.get("ZSQ_REQUIRE_KERNELS", "").lower().replace(",", " ").split()
+    if words == ["1"]:
+        return ["cpu", "cuda"]
+    if unknown := sorted(set(words) - {"cpu", "cuda"}):
+        raise SystemExit(
+            f"ZSQ_REQUIRE_KERNELS: unknown device {', '.join(unknown)}; write cpu, cuda, cpu,cuda or 1 (both)"
+        )
+    return [d for d in ("cpu", "cuda") if d in words]
 
 
 if __name__ == "__main__":  # the devices for which this interpreter's torch, the compiler and nvcc suffice

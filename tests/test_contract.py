@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -31,16 +32,36 @@ ALLOWED = {
 }
 
 
-def imports(path: Path) -> set[str]:
-    """First-level names of our own packages that a file imports."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "zsq_fast":
-            parts = (node.module or "").split(".")
-            found |= {parts[1]} if len(parts) > 1 else {a.name for a in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("zsq_fast.")}
-    return found
+def imports(source: str, package: str) -> set[str]:
+    """First-level names of ours that a module inside `package` imports; "zsq_fast" where it gets hold of everything."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            origin = resolve_name("." * node.level + (node.module or ""), package)
+            found += [f"{origin}.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):  # `import zsq_fast.ops` binds zsq_fast, with `as` it binds ops
+            found += [name for a in node.names for name in ([a.name] if a.asname else [a.name, a.name.split(".")[0]])]
+    ours = [name.split(".") for name in found if name.split(".")[0] == "zsq_fast"]
+    return {parts[1] if len(parts) > 1 else parts[0] for parts in ours}
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "expected"),
+    [
+        ("from zsq_fast.runs.directory import x", "zsq_fast.nn", {"runs"}),
+        ("from zsq_fast import ops, runs as r", "zsq_fast.nn", {"ops", "runs"}),
+        ("from ..runs import x\nfrom .layers import y", "zsq_fast.nn", {"runs", "nn"}),
+        ("from .. import runs", "zsq_fast.nn", {"runs"}),
+        ("def f():\n    from .runs import x", "zsq_fast", {"runs"}),
+        ("import zsq_fast", "zsq_fast.nn", {"zsq_fast"}),
+        ("import zsq_fast as z", "zsq_fast.nn", {"zsq_fast"}),
+        ("import zsq_fast.runs", "zsq_fast.nn", {"runs", "zsq_fast"}),
+        ("import zsq_fast.runs as r, torch", "zsq_fast.nn", {"runs"}),
+        ("import torch.nn\nfrom torch import ops", "zsq_fast.nn", set()),
+    ],
+)
+def test_imports_are_seen_in_every_form(source, package, expected):
+    assert imports(source, package) == expected
 
 
 @pytest.mark.parametrize("package", sorted(ALLOWED))
@@ -50,7 +71,8 @@ def test_import_directions(package):
     )
     assert files
     for file in files:
-        extra = imports(file) - ALLOWED[package] - {package}
+        within = ".".join(file.parent.relative_to(ROOT).parts)
+        extra = imports(file.read_text(), within) - ALLOWED[package] - {package}
         assert not extra, (
             f"{file.relative_to(ROOT)} imports {sorted(extra)}; docs/architecture.md allows {sorted(ALLOWED[package])}"
         )
@@ -91,6 +113,11 @@ def test_every_launch_names_its_stream():
     for file in (ROOT / "csrc" / "cuda").glob("*.cu"):
         assert "<<<" not in file.read_text(), f"{file.name}: launch through launch.h, which takes the stream"
     assert "CUDAGuard" in (ROOT / "csrc" / "ops" / "cuda.cpp").read_text()
+
+
+def test_the_formatter_sees_every_native_source():
+    (pattern,) = re.findall(r"files: (\\\..*)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert [f for f in (ROOT / "csrc").rglob("*.*") if not re.search(pattern, str(f))] == []
 
 
 def test_nothing_executes_what_it_reads():

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 import torch
 
-from zsq_fast import _build, ops
+from zsq_fast import _build, ops, reference
 from zsq_fast.cli import env, main
+from zsq_fast.ops import library
 
 
 def test_required_kernels_are_built() -> None:
     """CI names in ZSQ_REQUIRE_KERNELS what its machine can build: a kernel that is missing there is a failure."""
-    required = [d for d in os.environ.get("ZSQ_REQUIRE_KERNELS", "").split(",") if d]
-    if not required:
+    if not (required := _build.required_kernels()):
         pytest.skip("ZSQ_REQUIRE_KERNELS is not set")
     status = _build.kernel_status()
     assert {d: status[d]["reason"] for d in required if not status[d]["built"]} == {}
@@ -53,3 +52,30 @@ def test_missing_kernel_comes_with_the_preparing_step(monkeypatch: pytest.Monkey
     status = _build.kernel_status()["cpu"]
     assert status["reason"] == "no C++ compiler"
     assert status["fix"].startswith("install g++, then: pip install")
+
+
+@pytest.mark.parametrize(
+    ("setting", "outcome"),
+    [
+        ("", None),
+        ("cpu", None),
+        ("cuda", NotImplementedError),
+        ("cpu, CUDA", NotImplementedError),
+        ("1", NotImplementedError),
+        ("gpu", ValueError),
+    ],
+)
+def test_reference_is_refused_where_kernels_are_required(
+    monkeypatch: pytest.MonkeyPatch, setting: str, outcome: type[Exception] | None
+) -> None:
+    monkeypatch.setenv("ZSQ_REQUIRE_KERNELS", setting)
+    weight = torch.randn(3, 5)
+    run = library._fallback("cuda", "fake_quant_weight", {"reason": "none built", "fix": "build"})
+    if outcome:
+        with pytest.raises(
+            outcome, match="none built" if outcome is NotImplementedError else "ZSQ_REQUIRE_KERNELS.*gpu"
+        ):
+            run(weight, 4)
+    else:
+        with pytest.warns(RuntimeWarning, match="none built"):
+            assert torch.equal(run(weight, 4), reference.fake_quant_weight(weight, 4))

@@ -56,9 +56,10 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.delenv(f"ZSQ_{name}", raising=False)
     for name in ("TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "CXX"):
         monkeypatch.delenv(name, raising=False)
-    zsq_probe.find_torch.cache_clear()
+    ask_torch = zsq_probe.find_torch
+    ask_torch.cache_clear()
     yield
-    zsq_probe.find_torch.cache_clear()
+    ask_torch.cache_clear()
 
 
 def test_torch_is_found_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,10 +77,19 @@ def test_torch_of_another_python_is_refused(tmp_path: Path, monkeypatch: pytest.
     assert found is None and "another Python" in why
 
 
-def test_broken_interpreter_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ZSQ_TORCH_PYTHON", "/nonexistent/python")
+@pytest.mark.parametrize("says", [None, "exit 1", "true", "echo hello", "echo 3", "printf '\\377'"])
+def test_broken_interpreter_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str | None) -> None:
+    python = script(tmp_path / "python", says) if says else "/nonexistent/python"
+    monkeypatch.setenv("ZSQ_TORCH_PYTHON", python)
     plan = zsq_probe.make_plan()
-    assert "/nonexistent/python does not run" in plan.reasons["cpu"] and plan.reasons["cuda"]
+    assert f"{python} does not run" in plan.reasons["cpu"] and plan.reasons["cuda"]
+    paths, why = zsq_probe.torch_paths(zsq_probe.Torch(python, "/t", "2.9", None, "/i"))
+    assert paths is None and "torch 2.9 cannot be imported" in why
+
+
+def test_interpreter_that_prints_at_start_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZSQ_TORCH_PYTHON", script(tmp_path / "python", f'echo hello; exec {sys.executable} "$@"'))
+    assert zsq_probe.find_torch()[0].version == torch.__version__
 
 
 def test_environments_are_asked_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +110,42 @@ def test_nvcc_must_be_of_torchs_major_version(tmp_path: Path, monkeypatch: pytes
     assert (found.release, found.root, found.arches) == ("13.0", str(tmp_path.resolve()), ("75", "80", "90", "100"))
     found, why = zsq_probe.find_nvcc(cuda_torch("12.8"))
     assert found is None and "is CUDA 13.0, torch needs 12.x" in why
+
+
+@pytest.mark.parametrize("place", ["nowhere", "home/bin", "path"])
+def test_nvcc_hidden_and_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """PATH and CUDA_HOME are what the user has; the CUDA build of torch stays, only the compiler is not there."""
+    for name in ("home/bin", "path", "nowhere"):
+        (tmp_path / name).mkdir(parents=True)
+    fake_nvcc(tmp_path / place / "nvcc", "99.0")  # wheels of that release exist in no environment
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("CXX", "/bin/sh")
+    monkeypatch.setattr(zsq_probe, "USUAL_NVCC", (str(tmp_path / "usual" / "nvcc"),))
+    monkeypatch.setattr(zsq_probe, "find_torch", lambda: (cuda_torch("99.0"), ""))
+    plan = zsq_probe.make_plan()
+    if place == "nowhere":
+        assert plan.nvcc is None and plan.reasons == {"cuda": "nvcc not found"}
+        assert "set CUDA_HOME" in zsq_probe.next_step(plan.reasons["cuda"])
+    else:
+        assert plan.nvcc.path == str(tmp_path / place / "nvcc") and not plan.reasons
+
+
+def test_flags_of_the_environment_stay_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CFLAGS", "CXXFLAGS", "CUDAFLAGS", "NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS"):
+        monkeypatch.setenv(name, "-ffast-math")
+    monkeypatch.setenv("LDFLAGS", "-L/conda/lib -Ofast -ffast-math -mdaz-ftz -Wl,-rpath,/conda/lib -fuse-ld=gold")
+    env = zsq_native._environment(zsq_probe.Plan())
+    assert not [name for name, value in env.items() if "fast" in value and "FLAGS" in name]
+    assert env["LDFLAGS"] == "-L/conda/lib -Wl,-rpath,/conda/lib -fuse-ld=gold"
+
+
+def test_build_runs_where_there_is_no_fcntl(tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.modules['fcntl'] = None; sys.path.append({str(ROOT / 'build_backend')!r}); import zsq_native"
+    )
+    code += f"; from pathlib import Path\nwith zsq_native._locked(Path({str(tmp_path)!r})): print('in')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "in\n"
 
 
 def test_nvcc_reports_its_root_through_a_wrapper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,10 +177,21 @@ def test_architectures(
     assert bool(why) == (not expected)
 
 
-def test_unknown_required_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ZSQ_REQUIRE_KERNELS", "cpu, rocm")
-    with pytest.raises(SystemExit, match="rocm"):
+@pytest.mark.parametrize(
+    ("setting", "devices"),
+    [("", []), ("cuda", ["cuda"]), (" CUDA, cpu,", ["cpu", "cuda"]), ("1", ["cpu", "cuda"]), ("cpu, rocm", None)],
+)
+def test_build_and_run_time_require_alike(
+    monkeypatch: pytest.MonkeyPatch, setting: str, devices: list[str] | None
+) -> None:
+    monkeypatch.setenv("ZSQ_REQUIRE_KERNELS", setting)
+    if devices is not None:
+        assert zsq_probe.required_kernels() == list(_build.required_kernels()) == devices
+        return
+    with pytest.raises(SystemExit, match="ZSQ_REQUIRE_KERNELS: unknown device rocm;"):
         zsq_probe.required_kernels()
+    with pytest.raises(ValueError, match="ZSQ_REQUIRE_KERNELS: unknown device rocm;"):
+        _build.required_kernels()
 
 
 def test_first_error_is_the_line_a_person_looks_for() -> None:
@@ -179,6 +236,27 @@ def test_objects_of_an_instruction_set_leak_no_shared_functions() -> None:
         isa = folder.stem.removeprefix("kernels_")
         leaks = {f for f in weak_functions(folder) if f"zsq::cpu::{isa}::" not in f and "personality" not in f}
         assert not leaks, f"{folder}: {sorted(leaks)[:3]}"
+
+
+def test_make_installs_again_when_the_list_of_sources_changes(tmp_path: Path) -> None:
+    if not (make := shutil.which("make")):
+        pytest.skip("needs make")
+    for name in (".venv", "csrc", "zsq_fast", "build_backend", "tests"):
+        (tmp_path / name).mkdir()
+    for name in ("csrc/a.cpp", "csrc/b.cpp", "pyproject.toml", "setup.py", "CMakeLists.txt"):
+        (tmp_path / name).touch()
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    script(tmp_path / "zsq-fast", "echo installed")
+
+    def installs() -> bool:
+        command = [make, "-s", ".venv/.installed", "PYTHON=:", "PIP=:", f"BIN={tmp_path}"]
+        return "installed" in subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert installs() and not installs()
+    (tmp_path / "csrc" / "b.cpp").unlink()
+    assert installs() and not installs()
+    (tmp_path / "csrc" / "a.cpp").rename(tmp_path / "csrc" / "c.cpp")  # its time stays
+    assert installs() and not installs()
 
 
 # --- real installations -----------------------------------------------------------------------------------------------

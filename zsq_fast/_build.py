@@ -1,7 +1,7 @@
 """What was built at installation, whether it fits the torch that is running, and how to build what is missing.
 
-`_build_info.json` is written by the build (build_backend/zsq_native.py). Nothing here raises: a native module that is
-absent or does not fit is a reason, and the package runs the PyTorch reference.
+`_build_info.json` is written by the build (build_backend/zsq_native.py). A native module that is absent or does not fit
+raises nothing: it is a reason, and the package runs the PyTorch reference.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,6 +49,21 @@ def _load() -> tuple[ModuleType | None, str]:
 def load_native() -> bool:
     """Import the native module, which registers its kernels. False when there is none for the running torch."""
     return _load()[0] is not None
+
+
+def required_kernels() -> tuple[str, ...]:
+    """Devices named in ZSQ_REQUIRE_KERNELS ("1": both), where the reference is an error. The build reads it alike.
+
+    Raises ValueError for anything else in the variable.
+    """
+    words = os.environ.get("ZSQ_REQUIRE_KERNELS", "").lower().replace(",", " ").split()
+    if words == ["1"]:
+        return DEVICES
+    if unknown := sorted(set(words) - set(DEVICES)):
+        raise ValueError(
+            f"ZSQ_REQUIRE_KERNELS: unknown device {', '.join(unknown)}; write cpu, cuda, cpu,cuda or 1 (both)"
+        )
+    return tuple(d for d in DEVICES if d in words)
 
 
 def cpu_isa() -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +31,7 @@ def _fallback(device: str, name: str, status: dict[str, Any]) -> Callable[..., A
             f"zsq_fast: no {device} kernels here ({status['reason']}), '{name}' runs its slow PyTorch reference. "
             f"To build them: {status['fix']}"
         )
-        if device in os.environ.get("ZSQ_REQUIRE_KERNELS", "").lower().split(","):
+        if device in _build.required_kernels():
             raise NotImplementedError(message)
         if not announced:
             announced = True
