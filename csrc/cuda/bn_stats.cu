@@ -124,8 +124,9 @@ __device__ __forceinline__ void finish_channel(const StatsArgs<T>& a, int64_t c,
   a.ws.terms[c] = shift * shift + dv * dv;
 }
 
+// The second launch bound keeps double kernels from spilling, as in fake_quant_weight.cu.
 template <class T, int V, bool kLast>
-__global__ void __launch_bounds__(kThreads) stats_kernel(const StatsArgs<T> a) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8) stats_kernel(const StatsArgs<T> a) {
   const int t = static_cast<int>(threadIdx.x), groups = a.cut.groups;
   const int group = static_cast<int>(blockIdx.x) % groups, split = static_cast<int>(blockIdx.x) / groups;
   const int64_t begin = split * a.cut.per_block,
@@ -174,7 +175,7 @@ struct GradArgs {
 };
 
 template <class T, int V, bool kLast>
-__global__ void __launch_bounds__(kThreads) grad_kernel(const GradArgs<T> a) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8) grad_kernel(const GradArgs<T> a) {
   const T k = quot(*a.grad_loss, static_cast<T>(a.count));
   int64_t u = static_cast<int64_t>(blockIdx.x) * (kThreads * kBackwardUnits) + threadIdx.x;
   const int64_t run =

@@ -30,8 +30,10 @@ __device__ __forceinline__ void write_grid(const RowOutput<T>& out, int64_t row,
 }
 
 // Lanes threads per row, at most Held elements of it in each.
+// The second launch bound (one block per multiprocessor for double, none stated for float) changes nothing but ptxas'
+// thrift: without it, double kernels spill a word to save a register.
 template <class T, int Lanes, int Held, bool kCodes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8)
     short_rows_kernel(const T* __restrict__ w, RowOutput<T> out, int64_t rows, int cols, int bits, bool vec) {
   constexpr int V = kVec<T>;
   const int lane = static_cast<int>(threadIdx.x % Lanes);
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(kThreads)
 // A block per row, V elements per access. `cached`: the row fits into shared memory. Each thread reads back only what
 // it stored itself.
 template <class T, int V, bool kCodes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8)
     long_rows_kernel(const T* __restrict__ w, RowOutput<T> out, int64_t cols, int bits, bool cached) {
   ZSQ_DYN_SHARED(T, tile);
   const int64_t row = blockIdx.x, first = static_cast<int64_t>(threadIdx.x) * V;
