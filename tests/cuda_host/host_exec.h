@@ -198,7 +198,8 @@ inline unsigned atomicInc(unsigned* p, unsigned lim) {
     *p = v;                                     \
   }
 HX_LOAD(__ldg)
-HX_LOAD(__ldcs) HX_LOAD(__ldcg) HX_LOAD(__ldca) HX_LOAD(__ldlu) HX_STORE(__stcs) HX_STORE(__stcg) HX_STORE(__stwb)
+HX_LOAD(__ldcs)
+HX_LOAD(__ldcg) HX_LOAD(__ldca) HX_LOAD(__ldlu) HX_STORE(__stcs) HX_STORE(__stcg) HX_STORE(__stwb)
     HX_STORE(__stwt) inline float __fmul_rn(float a, float b) {
   return a * b;
 }  // build with -ffp-contract=off
