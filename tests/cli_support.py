@@ -80,6 +80,17 @@ def nan_weight():
 def crash():
     raise RuntimeError("a bug in the user's factory\\nwith two lines")
 
+def leave():
+    raise SystemExit("goodbye")
+
+def leave_well():
+    raise SystemExit(0)
+
+def hungry():
+    model = trained(tiny())
+    model.register_forward_pre_hook(lambda module, args: None if len(args[0]) < 4 else torch.empty(1 << 60))
+    return model
+
 not_a_model = dict
 """
 

@@ -70,6 +70,7 @@ def test_bits(quantize, option, value):
         (["--schedule", "shrt"], ["'shrt'", "Did you mean 'short'?"]),
         (["--seed", "one"], ["'one'"]),
         (["--seed", "-1"], ["'-1'"]),
+        (["--seed", "99999999999999999999"], ["'99999999999999999999'", "seed"]),
         (["--device", "gpu"], ["'gpu'", "cuda"]),
         (["--device", "cuda:99"], ["cuda:99", "device"]),
         (["--threads", "0"], ["'0'"]),
@@ -142,6 +143,7 @@ def test_recipe_overrides(quantize, override, texts):
         (["no_such_module_of_mine:build"], 2, ["--allow-import"]),
         (["no_such_module_of_mine:build", "--allow-import"], 2, ["no_such_module_of_mine"]),
         (["/nowhere/net.py:build", "--allow-import"], 4, ["/nowhere/net.py"]),
+        ([f"{'n' * 300}.py:build", "--allow-import"], 4, ["nnn.py"]),
     ],
 )
 def test_models(quantize, model, code, texts):
@@ -157,6 +159,9 @@ def test_models(quantize, model, code, texts):
         ("nan_weight", 3, ["NaN", "3.weight"]),
         ("absent", 2, ["'absent'"]),
         ("not_a_model", 2, ["dict"]),
+        ("leave", 2, ["sys.exit('goodbye')", ":leave'"]),
+        ("leave_well", 2, ["sys.exit(0)"]),
+        ("hungry", 1, ["not enough memory", "--set schedule.batch_size=N"]),
         ("crash", 1, ["RuntimeError", "a bug in the user's factory with two lines", "--debug"]),
     ],
 )
@@ -268,6 +273,27 @@ def test_output_directory(quantize, tiny, tmp_path):
     (occupied / "thesis.tex").write_text("")
     quantize(2, "thesis.tex")
     quantize(2, "is a file", extra=["--out", tiny.source])
+
+
+def test_names_too_long_for_the_file_system(capsys, quantize, tiny, tmp_path):
+    long = tmp_path / ("n" * 300)
+    quantize(2, "too long", "--out", extra=["--out", long])
+    quantize(4, "nnn", extra=["--eval-data", long])
+    for data in long, f"{long}.npz":
+        refuse(capsys, tmp_path, ["evaluate", *tiny.model, "--data", data], 4, data)
+    refuse(capsys, tmp_path, ["evaluate", long, "--data", tiny.images], 2, "nnn")
+    refuse(capsys, tmp_path, ["resume", long], 4, "nnn")
+    refuse(capsys, tmp_path, ["demo", "--out", long], 2, "too long")
+
+
+def test_demo_output_and_seed(capsys, tiny, tmp_path):
+    for out in tiny.source, tiny.source / "below":
+        refuse(capsys, tmp_path, ["demo", "--out", out], 2, "is a file")
+    refuse(capsys, tmp_path, ["demo", "--seed", 1 << 63], 2, str(1 << 63))
+
+
+def test_failure_before_the_first_checkpoint_leaves_nothing(quantize):
+    quantize(5, "epoch 1", extra=["--set", "generator.lr=1e38", "--quiet"])
 
 
 def test_resume(capsys, tmp_path):

@@ -13,6 +13,7 @@ from cli_support import ENVIRONMENT, SIZE, assert_one_sentence, call, make_tiny
 
 from zsq_fast import errors
 from zsq_fast.cli import VERBS
+from zsq_fast.runs import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_what_stays_float_is_listed(capsys, tiny):
     words = ("quantize", *tiny.spec("with_silu"), "--recipe", "gdfq", "-w", 4, "-a", 4, "--dry-run")
     code, out, err = call(capsys, *words)
     assert code == 0, err
-    assert "SiLU" in out and "only ReLU" in out
+    assert "SiLU" in out and "only nn.ReLU" in out
 
 
 def fail_with(monkeypatch, error):
@@ -107,7 +108,9 @@ def fail_with(monkeypatch, error):
         (errors.TrainingError("x"), 5, "x"),
         (errors.StorageError("x"), 74, "x"),
         (OSError(errno.ENOSPC, "No space left on device", "/some/file"), 74, "no space left on the disk of /some/file"),
-        (MemoryError(), 1, "out of memory"),
+        (MemoryError(), 1, "not enough memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"), 1, "--set schedule.batch_size=N"),
+        (SystemExit("from the user's code"), 1, "unexpected SystemExit: from the user's code"),
         (KeyError("boom"), 1, "unexpected KeyError: 'boom' (--debug shows the traceback)"),
     ],
 )
@@ -133,6 +136,20 @@ def test_closed_pipe_is_silent(tiny):
     command = f"'{sys.executable}' -m zsq_fast.cli --help | true; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], env=ENVIRONMENT, capture_output=True, text=True)
     assert result.stderr == "" and int(result.stdout) in (0, 141)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_no_errors(closed):
+    command = f"'{sys.executable}' -m zsq_fast.cli recipes {closed}"
+    result = subprocess.run(["bash", "-c", command], env=ENVIRONMENT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_evaluate_takes_no_checkpoint_for_a_run(capsys, tiny, tmp_path):
+    RunDir.create(tmp_path / "run", {}, {}).close()
+    words = ("evaluate", tmp_path / "run", "--data", tiny.images, "--checkpoint", tiny.checkpoint)
+    code, _, err = call(capsys, *words)
+    assert code == 2 and "--checkpoint" in assert_one_sentence(err)
 
 
 def test_size_is_also_read_from_the_command_line(capsys, tiny):

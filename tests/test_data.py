@@ -136,6 +136,22 @@ def test_bad_paths_and_options(tmp_path):
             evaluate(FromPixels(), data, **options)
 
 
+def test_damage_anywhere_in_a_compressed_archive_is_a_bad_file(tmp_path):
+    images = np.random.default_rng(0).integers(0, 9, (7, 2, 4, 1), np.uint8)
+    np.savez_compressed(tmp_path / "d.npz", images=images, labels=np.arange(7))
+    good, refused = (tmp_path / "d.npz").read_bytes(), 0
+    for place in range(len(good)):
+        for flip in (1, 8, 255):
+            bad = bytearray(good)
+            bad[place] ^= flip
+            (tmp_path / "d.npz").write_bytes(bad)
+            try:
+                load_eval_data(tmp_path / "d.npz")  # dates and the like may change
+            except BadFileError:
+                refused += 1
+    assert refused > len(good)
+
+
 def picture(path, size=(40, 30), seed=0):
     image = pytest.importorskip("PIL.Image")
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
@@ -158,9 +174,19 @@ def test_a_folder_of_classes(tmp_path):
     (tmp_path / "ant" / "1.png").write_bytes(b"\x89PNG but no more")
     with pytest.raises(BadFileError, match=r"1\.png: not a readable picture"):
         data.fetch(0, 1)
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".hidden").mkdir(parents=True)
     with pytest.raises(BadFileError, match="no pictures in class folders"):
         load_eval_data(tmp_path / "empty")
+    with pytest.raises(BadFileError, match=r"empty: no pictures in this class folder"):
+        load_eval_data(tmp_path)
+
+
+def test_hidden_folders_are_no_classes_and_a_limit_is_spread(tmp_path):
+    for name in (".thumbnails/1", "a/.cache/0", "a/._1", *(f"{letter}/{i}" for letter in "abc" for i in range(4))):
+        picture(tmp_path / f"{name}.png")
+    assert load_eval_data(tmp_path).class_names == ("a", "b", "c")
+    for limit, labels in {12: [0] * 4 + [1] * 4 + [2] * 4, 6: [0, 0, 1, 1, 2, 2], 3: [0, 1, 2], 99: None}.items():
+        assert load_eval_data(tmp_path, limit=limit).labels.tolist() == (labels or [0] * 4 + [1] * 4 + [2] * 4)
 
 
 @pytest.mark.parametrize("size", [(300, 260), (260, 300), (100, 100), (301, 999)])

@@ -13,7 +13,7 @@ from zsq_fast.data import evaluate  # noqa: E402
 from zsq_fast.demo import digits as toy  # noqa: E402
 from zsq_fast.demo import main  # noqa: E402
 from zsq_fast.demo.table import Row, markdown  # noqa: E402
-from zsq_fast.errors import StorageError, UsageError  # noqa: E402
+from zsq_fast.errors import Interrupted, StorageError, UsageError  # noqa: E402
 
 QUICK = toy.Settings(epochs=4)
 
@@ -115,10 +115,33 @@ def test_a_cache_that_cannot_be_written_is_only_noted(tmp_path, monkeypatch, cap
 
 def test_bad_options_cost_no_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StorageError, match="file"):
+    monkeypatch.setattr("zsq_fast.demo.load_digits", lambda: pytest.fail("work before the checks"))
+    with pytest.raises(UsageError, match="file"):
         main(["--out", str(tmp_path / "file")])
     with pytest.raises(UsageError, match="--quick"):
         main(["--qiuck"])
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(UsageError, match="pip install scikit-learn"):
+    for missing in "sklearn", "matplotlib":
+        with monkeypatch.context() as patch, pytest.raises(UsageError, match=r"pip install '\.\[demo\]'"):
+            patch.setitem(sys.modules, missing, None)
+            main(["--out", str(tmp_path / "out")])
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(StorageError, match="not writable"):
         main(["--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_numbers_are_kept_when_the_pictures_fail(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("zsq_fast.demo.contact_sheet", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["--quick", "--quiet", "--out", str(tmp_path / "out")])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"result.json", "table.md"}
+
+
+def test_a_stopped_demo_says_that_it_keeps_nothing(cache, tmp_path, monkeypatch):
+    def stop(trainers):
+        raise Interrupted("stopped; see --out", 15)
+
+    monkeypatch.setattr("zsq_fast.demo.run_together", stop)
+    with pytest.raises(Interrupted, match="started again") as caught:
+        main(["--quick", "--quiet", "--out", str(tmp_path / "out")])
+    assert caught.value.exit_code == 143 and not (tmp_path / "out").exists()

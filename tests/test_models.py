@@ -261,6 +261,9 @@ def test_library_models(library, name, typo, size, tmp_path):
     assert loaded.random_weights and loaded.input_size == size and len(loaded.mean) == len(loaded.std) == 3
     with pytest.raises(UsageError, match=f"no model '{typo}'. Did you mean '"):
         load_model(f"{library}:{typo}")
+    if library == "timm":
+        with pytest.raises(UsageError, match=f"no model '{name}.nonsense'"):
+            load_model(f"timm:{name}.nonsense")
     path = save(loaded.model, tmp_path / "w.safetensors")
     again = load_model(f"{library}:{name}", path)
     x = torch.randn(1, *size)

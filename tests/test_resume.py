@@ -78,14 +78,14 @@ def test_killed_twice_with_a_damaged_checkpoint(capsys, tiny, tmp_path):
     code, _, err = call(capsys, *words(tiny, "ait", run))
     assert code == 2 and f"zsq-fast resume {run}" in assert_one_sentence(err)
 
-    process = start("resume", run, "--quiet")
+    process = start("resume", run, "--allow-import", "--quiet")
     stop(process, run, signal.SIGKILL, 2)
     newest = max((run / "checkpoints").glob("step-*"))
     damaged = bytearray((newest / "student.safetensors").read_bytes())
     damaged[-1] ^= 4
     (newest / "student.safetensors").write_bytes(damaged)
 
-    process = start("resume", run, "--quiet")
+    process = start("resume", run, "--allow-import", "--quiet")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert f"step {int(newest.name[5:])}" in err and "skipped" in err
@@ -95,7 +95,7 @@ def test_killed_twice_with_a_damaged_checkpoint(capsys, tiny, tmp_path):
     code, again, _ = call(capsys, "resume", run)
     assert (code, again) == (0, out)  # a finished run only prints its result
     result = json.loads((run / "result.json").read_text())
-    code, accuracy, err = call(capsys, "evaluate", run, "--data", tiny.images, "--json")
+    code, accuracy, err = call(capsys, "evaluate", run, "--allow-import", "--data", tiny.images, "--json")
     assert code == 0, err
     accuracy = json.loads(accuracy)
     assert {name: accuracy[name]["top1"] for name in accuracy} == {
@@ -109,18 +109,18 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(capsys, tiny, tmp_path):
     process = start(*words(tiny, "gdfq", run))
     err = stop(process, run, signal.SIGINT, 1)
     assert process.returncode == 130, err
-    assert f"zsq-fast resume {run}" in err.splitlines()[-1] and "Traceback" not in err
+    assert f"zsq-fast resume {run} --allow-import" in err.splitlines()[-1] and "Traceback" not in err
     saved = [int(path.name[5:]) for path in (run / "checkpoints").iterdir()]
     assert f"step {max(saved)} " in err.splitlines()[-1]
 
-    code, _, err = call(capsys, "evaluate", run, "--data", tiny.images)
+    code, _, err = call(capsys, "evaluate", run, "--allow-import", "--data", tiny.images)
     assert code == 4 and "not finished" in assert_one_sentence(err)
 
-    process = start("resume", run, "--quiet")
+    process = start("resume", run, "--allow-import", "--quiet")
     err = stop(process, run, signal.SIGTERM, 2)
     assert process.returncode == 143 and f"zsq-fast resume {run}" in err
 
-    code, _, err = call(capsys, "resume", run, "--quiet")
+    code, _, err = call(capsys, "resume", run, "--allow-import", "--quiet")
     assert code == 0, err
     assert_same_end(capsys, tiny, "gdfq", run, tmp_path)
 
@@ -137,17 +137,71 @@ def test_resume_refuses_other_weights(capsys, tmp_path):
     unfinished(capsys, tiny, run)
     good = tiny.checkpoint.read_bytes()
     tiny.checkpoint.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    code, _, err = call(capsys, "resume", run)
+    code, _, err = call(capsys, "resume", run, "--allow-import")
     assert code == 4 and "SHA-256" in assert_one_sentence(err)
     tiny.checkpoint.unlink()
-    code, _, err = call(capsys, "resume", run)
+    code, _, err = call(capsys, "resume", run, "--allow-import")
     assert code == 4 and tiny.checkpoint.name in assert_one_sentence(err)
     tiny.checkpoint.write_bytes(good)
     tiny.source.write_text(
         tiny.source.read_text().replace("nn.Linear(8, num_classes)", "nn.Linear(8, num_classes, False)")
     )
-    code, _, err = call(capsys, "resume", run)
+    code, _, err = call(capsys, "resume", run, "--allow-import")
     assert code == 4, err
+
+
+@pytest.mark.parametrize("verb", ["resume", "evaluate"])
+def test_a_run_directory_gives_no_consent_of_its_own(capsys, tmp_path, verb):
+    """Whoever wrote the directory also wrote its manifest."""
+    tiny, run = make_tiny(tmp_path), tmp_path / "run"
+    unfinished(capsys, tiny, run)
+    tiny.source.write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n" + tiny.source.read_text())
+    words = [verb, run, *(["--data", tiny.images] if verb == "evaluate" else [])]
+    code, _, err = call(capsys, *words)
+    assert code == 2 and "--allow-import" in assert_one_sentence(err) and not (tmp_path / "executed").exists()
+    code, _, err = call(capsys, *words, "--allow-import")
+    assert code == 0 and (tmp_path / "executed").exists(), err
+
+
+def test_a_relative_factory_is_found_from_another_directory(capsys, monkeypatch, tmp_path):
+    tiny, run = make_tiny(tmp_path), tmp_path / "runs" / "networks.py-tiny-ait-w4a4"
+    monkeypatch.chdir(tmp_path)
+    words = ["quantize", "networks.py:tiny", *tiny.model[1:], "--recipe", "ait", "-w", 4, "-a", 4, *SHORT]
+    code, _, err = call(capsys, *words)
+    assert code == 0, err
+    (run / "result.json").unlink()
+    monkeypatch.chdir(run)
+    code, _, err = call(capsys, "resume", run, "--allow-import")
+    assert code == 0, err
+
+
+@pytest.mark.filterwarnings("always")
+def test_resume_with_another_torch_warns_once(capsys, monkeypatch, tiny, tmp_path):
+    run = tmp_path / "run"
+    unfinished(capsys, tiny, run)
+    code, _, err = call(capsys, "resume", run, "--allow-import")
+    assert code == 0 and "bit-identical" not in err
+    (run / "result.json").unlink()
+    monkeypatch.setattr("torch.__version__", "9.8.7")
+    code, _, err = call(capsys, "resume", run, "--allow-import")
+    assert code == 0 and err.count("9.8.7: the result may not be bit-identical") == 1
+
+
+@pytest.mark.parametrize("entered", [True, False])
+def test_the_result_is_verified(capsys, tiny, tmp_path, entered):
+    """A damaged one is refused; one that a kill kept out of the manifest is written again."""
+    run = tmp_path / "run"
+    unfinished(capsys, tiny, run)
+    manifest = (run / "MANIFEST.json").read_text()
+    (run / "result.json").write_text("{}")
+    if not entered:
+        files = {name: entry for name, entry in json.loads(manifest)["files"].items() if name != "result.json"}
+        (run / "MANIFEST.json").write_text(json.dumps({"format": 1, "files": files}))
+    code, _, err = call(capsys, "resume", run, "--allow-import")
+    if entered:
+        assert code == 4 and "result.json" in assert_one_sentence(err)
+    else:
+        assert code == 0 and json.loads((run / "result.json").read_text())["recipe"] == "ait", err
 
 
 def test_resume_refuses_a_changed_recipe_and_a_second_writer(capsys, tiny, tmp_path):

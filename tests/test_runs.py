@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from safetensors import safe_open
 
 from zsq_fast import errors
 from zsq_fast.errors import BadFileError, StorageError, UsageError
-from zsq_fast.runs import Progress, RunDir, StopRequest
+from zsq_fast.runs import Progress, RunDir, StopRequest, storage
 
 # Other processes import the package that is tested here, be it installed or the source tree.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(errors.__file__).parents[1])}
@@ -183,6 +184,32 @@ def test_mutated_checkpoints_never_load_wrong(run, name):
     assert_is_step(run.load_checkpoint(), 2)
 
 
+def test_renamed_names_reach_the_disk(tmp_path, monkeypatch):
+    """Each new name is synced in its directory, and a replaced checkpoint goes only when its successor's name is safe."""
+    events = []
+
+    def record(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: events.append((name, Path(a[0]).name)) or real(*a, **k))
+
+    record(storage, "sync_directory")
+    with RunDir.create(tmp_path / "new" / "run", {}, {}) as run:
+        synced = [place for _, place in events]
+        assert {"run", "new", tmp_path.name} <= set(synced)
+        events.clear()
+        run.log(step=7)
+        assert events == [("sync_directory", "run")]
+        save(run, 7)
+        assert events[1] == ("sync_directory", "run") and events[-1] == ("sync_directory", "checkpoints")
+        record(os, "rename")
+        record(shutil, "rmtree")
+        events.clear()
+        save(run, 7)
+    removed = len(events) - 1 - events[::-1].index(("rmtree", ".replaced-step-00000007"))
+    renamed = max(i for i, (kind, _) in enumerate(events) if kind == "rename")
+    assert renamed < events.index(("sync_directory", "checkpoints")) < removed
+
+
 @pytest.mark.parametrize("name", ["../evil", "a/b", "..", ".hidden", "", "x\0y"])
 def test_names_cannot_leave_the_run_directory(run, name):
     (run.path.parent / "evil.safetensors").write_bytes(b"")
@@ -280,6 +307,7 @@ def test_failing_disk_at_every_call_keeps_the_old_checkpoint(run, monkeypatch, c
 
         with monkeypatch.context() as patch:
             patch.setattr(os, call, fail)
+            patch.setattr(shutil, "_use_fd_functions", False, raising=False)  # a removal that fails harms nothing
             try:
                 save(run, 2)
                 run.write_json("result.json", {"step": 2})

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from zsq_fast import __version__
+from zsq_fast.cli.arguments import HelpShown
 from zsq_fast.errors import Interrupted, UsageError, ZsqError, nearest
 from zsq_fast.process import keep_freed_memory
 
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by the caller: `>&-`
+            setattr(sys, stream, open(os.devnull, "w"))
     keep_freed_memory()
     logging.basicConfig(format="zsq-fast: %(message)s")
     try:
@@ -51,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _dispatch(words)
             sys.stdout.flush()
             return code
-    except SystemExit as stop:  # argparse after --help
-        return int(stop.code or 0)
+    except HelpShown:
+        return 0
     except BrokenPipeError:  # `| head` has seen enough; Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         if debug:
             traceback.print_exc()
         return _explain(error)
@@ -96,8 +100,9 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, ZsqError):
         print(f"zsq-fast: error: {_one_line(error)}", file=sys.stderr)
         return error.exit_code
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        text = "out of memory; use smaller batches (`zsq-fast recipes` names the setting) or a larger device."
+    # torch has a class of its own for a full GPU only
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "DefaultCPUAllocator" in str(error):
+        text = "not enough memory; use smaller batches: --set schedule.batch_size=N, or --batch-size N of `evaluate`."
     else:
         text = f"unexpected {type(error).__name__}: {_one_line(error)[:300]} (--debug shows the traceback)"
     print(f"zsq-fast: error: {text}", file=sys.stderr)

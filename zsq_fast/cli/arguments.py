@@ -11,6 +11,10 @@ from typing import NoReturn
 from zsq_fast.errors import UsageError, nearest
 
 
+class HelpShown(Exception):
+    """--help has been answered. Not SystemExit: that one only comes from a user's code."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, which raises UsageError and offers the nearest option or choice."""
 
@@ -33,6 +37,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help.")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        raise HelpShown
 
     def add_choice(self, *names: str, choices: Sequence[str], **options: object) -> None:
         def one_of(text: str) -> str:
@@ -64,6 +71,7 @@ def integer(low: int, high: float = math.inf, what: str = "number") -> Callable[
 
 
 bits = integer(2, 8, "bit width")
+seed = integer(0, 2**63 - 1, "seed")  # what every generator of torch takes
 
 
 def input_size(text: str) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from zsq_fast.cli.arguments import Parser, device, input_size, integer, numbers
-from zsq_fast.errors import BadFileError
+from zsq_fast.errors import BadFileError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +22,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("subject", metavar="RUN_OR_MODEL", help="a run directory, or a model as `quantize` takes it")
     add("--data", required=True, metavar="PATH", help="a .npz with images and labels, or a folder of class folders")
-    add("--limit", type=integer(1), metavar="N", help="use only the first N images")
+    add("--limit", type=integer(1), metavar="N", help="only N images: the first, of a folder every so-manieth")
     add("--batch-size", type=integer(1), default=250, metavar="N")
     add("--checkpoint", metavar="FILE", help="trained weights, for a model")
     add("--num-classes", type=integer(1), metavar="N")
@@ -44,8 +44,10 @@ def run(words: Sequence[str]) -> int:
     given = {name: value for name, value in given.items() if value is not None}
     is_run = RunDir.is_run(arguments.subject)
     if is_run:
+        if arguments.checkpoint:
+            raise UsageError("--checkpoint is for a model; a run has its weights: leave it out.")
         run_dir = RunDir.open(arguments.subject, read_only=True)
-        job = Job.from_info(run_dir.info, run_dir.path)
+        job = Job.from_info(run_dir.info, run_dir.path, allow_import=arguments.allow_import)
     else:
         job = Job(arguments.subject, allow_import=arguments.allow_import).with_files(checkpoint=arguments.checkpoint)
     job = replace(job, device=arguments.device, eval_limit=arguments.limit, **given).with_files(
@@ -71,7 +73,7 @@ def load_student(run_dir: RunDir, job: Job, teacher: nn.Module) -> nn.Module:
     from zsq_fast.methods import Recipe, student_like
 
     path = run_dir.path / STUDENT
-    if not path.exists():
+    if not run_dir.holds(STUDENT):
         raise BadFileError(
             f"{run_dir.path} is not finished ({STUDENT} is missing); run `zsq-fast resume {run_dir.path}`."
         )

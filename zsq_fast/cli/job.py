@@ -45,17 +45,21 @@ class Job:
     eval_limit: int | None = None
 
     @classmethod
-    def from_info(cls, info: dict[str, Any], path: Path) -> Job:
+    def from_info(cls, info: dict[str, Any], path: Path, *, allow_import: bool) -> Job:
+        """The recorded job; consent to run code is the caller's alone, for a stranger may have written the record."""
         stored = info.get("job")
         known = {field.name for field in fields(cls)}
         if not isinstance(stored, dict) or not stored.keys() <= known or not isinstance(stored.get("model"), str):
             raise BadFileError(f"{path} was not written by `zsq-fast quantize`, or by a newer version.")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-        return cls(**values)
+        return cls(**{**values, "allow_import": allow_import})
 
     def with_files(self, **paths: str | None) -> Job:
-        """Absolute, so that a run can be resumed from another directory."""
+        """Absolute, like the file of a factory, so that a run can be resumed from another directory."""
         absolute: dict[str, Any] = {key: path and os.path.abspath(path) for key, path in paths.items()}
+        origin, _, name = self.model.rpartition(":")
+        if origin.endswith(".py"):
+            absolute["model"] = f"{os.path.abspath(origin)}:{name}"
         return replace(self, **absolute)
 
     def metadata(self, recipe: Recipe) -> dict[str, str]:

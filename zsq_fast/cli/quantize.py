@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zsq_fast.cli.arguments import Parser, bits, device, input_size, integer, numbers
+from zsq_fast.cli.arguments import Parser, bits, device, input_size, integer, numbers, seed
 
 
 def make_parser() -> Parser:
@@ -21,13 +21,15 @@ def make_parser() -> Parser:
     add("--input-size", type=input_size, metavar="C,H,W", help="needed when the network does not tell")
     parser.add_choice("--schedule", choices=("paper", "short"), default="paper", help="how long to train (paper)")
     add("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="change one recipe setting")
-    add("--seed", type=integer(0), default=0, metavar="N")
+    add("--seed", type=seed, default=0, metavar="N")
     add("--out", metavar="DIR", help="run directory (runs/MODEL-RECIPE-wXaY)")
     add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N")
     add("--threads", type=integer(1, 1024), default=0, metavar="N", help="CPU threads (torch's choice)")
     parser.add_switch("--channels-last", help="memory format of the convolutions (chosen by device)")
     add("--eval-data", metavar="PATH", help="real test images (.npz or a folder): printed, never used for decisions")
-    add("--eval-limit", type=integer(1), metavar="N", help="use only the first N test images")
+    add(
+        "--eval-limit", type=integer(1), metavar="N", help="only N test images: the first, of a folder every so-manieth"
+    )
     add("--mean", type=numbers, metavar="M,M,M", help="normalisation of the test images, pixels in 0..1")
     add("--std", type=numbers, metavar="S,S,S")
     add("--dry-run", action="store_true", help="print the resolved plan and stop")

@@ -15,7 +15,7 @@ from zsq_fast.runs import Progress, RunDir
 
 
 def default_out(job: Job, recipe_name: str, recipe: Recipe) -> Path:
-    name = f"{job.model}-{Path(recipe_name).stem}-w{recipe.quant.weight_bits}a{recipe.quant.act_bits}"
+    name = f"{Path(job.model).name}-{Path(recipe_name).stem}-w{recipe.quant.weight_bits}a{recipe.quant.act_bits}"
     return Path("runs") / re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
 
 
@@ -38,13 +38,16 @@ def make_trainer(job: Job, recipe: Recipe, teacher: nn.Module, *, quiet: bool = 
 def execute(run_dir: RunDir, job: Job, trainer: Trainer, *, as_json: bool = False) -> int:
     """Trains from the newest checkpoint (or the start) to the end, writes the student and result.json, prints it."""
     trainer.run_dir = run_dir
-    trainer.resume_hint = f"zsq-fast resume {run_dir.path}"
+    trainer.resume_hint = f"zsq-fast resume {run_dir.path}{' --allow-import' if job.allow_import else ''}"
     try:
         trainer.restore()
         result = trainer.run()
     except KeyboardInterrupt:  # the second Ctrl-C
-        path = run_dir.path
-        raise Interrupted(f"stopped at once; `zsq-fast resume {path}` goes on from the last checkpoint.") from None
+        raise Interrupted(f"stopped at once; `{trainer.resume_hint}` goes on from the last checkpoint.") from None
+    except Exception:
+        if not run_dir.has_checkpoint:  # nothing to go on from, and it would be in the way of the next try
+            run_dir.discard()
+        raise
     student = run_dir.save_tensors(STUDENT, result.student.state_dict(), job.metadata(trainer.recipe))
     summary = record(job, trainer.recipe, result, student)
     run_dir.write_json(RESULT, summary)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -13,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zsq_fast.cli.arguments import Parser, integer
+from zsq_fast.cli.arguments import Parser, seed
 from zsq_fast.data import evaluate
 from zsq_fast.demo.digits import SIDE, TEST_IMAGES, Digits, Settings, load_digits, trained_network
 from zsq_fast.demo.pictures import Curve, contact_sheet, curves
 from zsq_fast.demo.table import Row, markdown, print_table
+from zsq_fast.errors import Interrupted, UsageError
 from zsq_fast.methods import Recipe, Result, Trainer, load_recipe, run_together
 from zsq_fast.runs import Progress
-from zsq_fast.runs.storage import replace_file, to_json, writing
+from zsq_fast.runs.storage import make_directory, replace_file, to_json, writing
 
 METHODS, BITS, INPUT = ("gdfq", "kl_only", "ait"), (4, 3), (1, SIDE, SIDE)
 NOTE = (
@@ -68,7 +71,11 @@ def _train(teacher: nn.Module, recipes: Sequence[Recipe], digits: Digits, seed: 
     for recipe in recipes:
         options: dict[str, Any] = {"share": trainers[0]} if trainers else {"progress": _Bar(quiet=quiet)}
         trainers.append(Trainer(teacher, recipe, input_size=INPUT, seed=seed, evaluate=top1, eval_every=1, **options))
-    return run_together(trainers)
+    try:
+        return run_together(trainers)
+    except Interrupted as stop:
+        text = "stopped; the demo keeps no half-finished work and can be started again."
+        raise Interrupted(text, stop.exit_code - 128) from None
 
 
 def _row(method: str, bits: int | None, top1: float, seconds: float, size_bytes: int) -> Row:
@@ -105,19 +112,33 @@ def _real(digits: Digits, columns: int) -> Tensor:
 def _parser() -> Parser:
     parser = Parser("demo", "Train a small network on handwritten digits, quantize it without them (a toy, offline).")
     parser.add_argument("--out", default="zsq_demo", metavar="DIR", help="where the table and pictures go (zsq_demo)")
-    parser.add_argument("--seed", type=integer(0), default=0, metavar="N")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N")
     parser.add_argument("--quick", action="store_true", help="seconds, not minutes: shows the path, learns little")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     return parser
 
 
+def _check_before_work(out: Path) -> None:
+    """UsageError or StorageError for what would otherwise lose the result minutes later."""
+    try:
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"the demo needs scikit-learn and matplotlib ({error}): pip install '.[demo]'") from None
+    with writing(out):
+        place = next(place for place in (out, *out.absolute().parents) if place.exists())
+        if not place.is_dir():
+            raise UsageError(f"{place} is a file; choose another --out.")
+        if not os.access(place, os.W_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 def main(argv: Sequence[str]) -> int:
     """Write result.json, table.md, synthetic_images.png and curves.png into --out and print one table."""
     arguments = _parser().parse(argv)
     out, began = Path(arguments.out), time.perf_counter()
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    _check_before_work(out)
     digits, settings = load_digits(), Settings(seed=arguments.seed)
     settings = replace(settings, epochs=4) if arguments.quick else settings
     started = time.perf_counter()
@@ -149,12 +170,14 @@ def main(argv: Sequence[str]) -> int:
         "curves": [vars(run) for run in runs],
     }
     title = f"Toy: handwritten digits, {TEST_IMAGES} held-out images, last epoch"
+    with writing(out):
+        make_directory(out)
+    replace_file(out / "result.json", to_json(record))
+    replace_file(out / "table.md", f"{title}\n\n{markdown(rows)}\n{NOTE}\n".encode())
     synthetic = _synthetic(done[-1], digits, 12, arguments.seed)
     sheet = contact_sheet(synthetic, _real(digits, 5), "Images made without data, by class")
     replace_file(out / "synthetic_images.png", sheet)
     replace_file(out / "curves.png", curves(runs, float_top1))
-    replace_file(out / "table.md", f"{title}\n\n{markdown(rows)}\n{NOTE}\n".encode())
-    replace_file(out / "result.json", to_json(record))
     if arguments.json:
         print(json.dumps(json.loads(to_json(record)), indent=1))
         return 0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zsq_fast.data import EvalData
-from zsq_fast.errors import BadFileError, StorageError, UsageError
+from zsq_fast.errors import BadFileError, StorageError
 from zsq_fast.models import ResNetCifar, apply_checkpoint, read_checkpoint
 from zsq_fast.runs.storage import replace_file, writing
 from zsq_fast.runs.tensors import pack
@@ -52,11 +52,9 @@ class Digits:
 
 
 def load_digits() -> Digits:
-    """1,197 training and 600 test images. Raises UsageError when scikit-learn is missing."""
-    try:
-        from sklearn import datasets
-    except ImportError:
-        raise UsageError("the demo's digits come with scikit-learn: pip install scikit-learn") from None
+    """1,197 training and 600 test images."""
+    from sklearn import datasets
+
     raw = datasets.load_digits()
     small = torch.from_numpy(raw.images).float()[:, None] * (255 / 16)
     images = F.interpolate(small, size=(SIDE, SIDE), mode="bilinear").round().to(torch.uint8)

@@ -11,7 +11,6 @@ import numpy as np
 from torch import Tensor
 
 from zsq_fast.demo.table import TITLES
-from zsq_fast.errors import UsageError
 
 COLOURS = {"rtn": "#868b94", "gdfq": "#0072b2", "kl_only": "#e69f00", "ait": "#c4371f"}
 _INK, _FAINT = "#22252b", "#d9dce1"
@@ -28,10 +27,8 @@ class Curve:
 
 
 def _figure(width: float, height: float) -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError("the demo's pictures need matplotlib: pip install matplotlib") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 

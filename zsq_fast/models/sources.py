@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -105,7 +106,12 @@ def _timm(name: str, options: dict[str, Any]) -> Source:
     timm = _library("timm")
     if not timm.is_model(name.split(".")[0]):
         raise _unknown("timm", name, timm.list_models())
-    model = timm.create_model(name, pretrained=False, **options)
+    try:
+        model = timm.create_model(name, pretrained=False, **options)
+    except RuntimeError as error:
+        if "pretrained tag" not in str(error):
+            raise
+        raise _unknown("timm", name, timm.list_pretrained()) from None
     config = getattr(model, "default_cfg", None) or {}
     found = {key: tuple(config[key]) if config.get(key) else None for key in ("input_size", "mean", "std")}
     return Source(model, True, **found)
@@ -133,10 +139,13 @@ _FROM_LIBRARY: Mapping[str, Callable[[str, dict[str, Any]], Source]] = {
 
 
 def _from_factory(origin: str, name: str, num_classes: int | None) -> Source:
-    factory = getattr(_import_origin(origin), name, None)
-    if not callable(factory):
-        raise UsageError(f"'{origin}' has no callable '{name}': name a function that returns the network.")
-    model = factory() if num_classes is None else factory(num_classes=num_classes)
+    try:
+        factory = getattr(_import_origin(origin), name, None)
+        if not callable(factory):
+            raise UsageError(f"'{origin}' has no callable '{name}': name a function that returns the network.")
+        model = factory() if num_classes is None else factory(num_classes=num_classes)
+    except SystemExit as stop:  # a script without `if __name__ == "__main__"`
+        raise UsageError(f"'{origin}:{name}' ended by sys.exit({stop.code!r}): it must return the network.") from None
     if not isinstance(model, nn.Module):
         raise UsageError(f"'{origin}:{name}' returned a {type(model).__name__}: it must return a torch.nn.Module.")
     return Source(model, False)
@@ -150,7 +159,7 @@ def _import_origin(origin: str) -> ModuleType:
             if error.name is None or not (origin == error.name or origin.startswith(error.name + ".")):
                 raise
             raise UsageError(f"module '{origin}' cannot be found: check its name and PYTHONPATH.") from None
-    if not Path(origin).is_file():
+    if not os.path.isfile(origin):
         raise BadFileError(f"{origin}: no such file: check the path of the model's source.")
     module_spec = importlib.util.spec_from_file_location(f"zsq_user_{Path(origin).stem}", origin)
     assert module_spec is not None and module_spec.loader is not None

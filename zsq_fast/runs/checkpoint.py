@@ -43,8 +43,7 @@ def write(root: Path, step: int, groups: Mapping[str, Mapping[str, torch.Tensor]
     target = root / directory_name(step)
     temporary = root / f"{storage.TMP}{target.name}-{os.getpid()}"
     with storage.writing(root):
-        if not root.is_dir():
-            root.mkdir()
+        storage.make_directory(root)
         storage.check_space(root, sum(t.nbytes for tensors in groups.values() for t in tensors.values()))
         try:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -52,7 +51,6 @@ def write(root: Path, step: int, groups: Mapping[str, Mapping[str, torch.Tensor]
             _write_files(temporary, step, groups, state)
             storage.sync_directory(temporary)
             _move_into_place(temporary, target)
-            storage.sync_directory(root)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -93,6 +91,7 @@ def _move_into_place(temporary: Path, target: Path) -> None:
         if replacing:
             os.rename(aside, target)
         raise
+    storage.sync_directory(target.parent)  # a power cut must not undo the renaming but keep the removal
     shutil.rmtree(aside, ignore_errors=True)
 
 

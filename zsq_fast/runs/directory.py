@@ -29,7 +29,7 @@ _KEEP = 2
 class RunDir:
     """One writer at a time. Built by `create` or `open`; use as a context manager or call `close`.
 
-    MANIFEST.json holds the SHA-256 of recipe.json, run.json and every tensor file; it is written last, so its presence
+    MANIFEST.json holds the SHA-256 of every file but metrics and checkpoints; it is written last, so its presence
     says that the directory is a run.
     """
 
@@ -49,7 +49,7 @@ class RunDir:
         check_free(path)
         fresh = not path.exists()
         with storage.writing(path):
-            path.mkdir(parents=True, exist_ok=True)
+            storage.make_directory(path)
         try:
             run = cls(path, _acquire(path))
         except StorageError:
@@ -74,7 +74,7 @@ class RunDir:
         BadFileError: no run directory, or its recipe or description was changed. StorageError: another writer.
         """
         path = Path(path)
-        if not (path / MANIFEST).is_file():
+        if not os.path.isfile(path / MANIFEST):
             raise BadFileError(f"{path} is not a run directory of zsq-fast ({MANIFEST} is missing).")
         run = cls(path, None if read_only else _acquire(path))
         try:
@@ -89,15 +89,23 @@ class RunDir:
 
     @staticmethod
     def is_run(path: str | os.PathLike[str]) -> bool:
-        return (Path(path) / INFO).is_file() or (Path(path) / MANIFEST).is_file()
+        return any(os.path.isfile(Path(path) / name) for name in (INFO, MANIFEST))
 
     @property
     def recipe(self) -> dict[str, Any]:
-        return storage.from_json(self.read_verified(RECIPE), self.path / RECIPE)
+        return self.load_json(RECIPE)
 
     @property
     def info(self) -> dict[str, Any]:
-        return storage.from_json(self.read_verified(INFO), self.path / INFO)
+        return self.load_json(INFO)
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return bool(checkpoint.steps(self.path / CHECKPOINTS))
+
+    def holds(self, name: str) -> bool:
+        """Whether the file is there and entered: a writer may have been killed between the two."""
+        return name in self._files() and (self.path / name).exists()
 
     def log(self, **record: Any) -> None:
         """Appends one record to metrics.jsonl; `step` (int) is what `load_checkpoint` cuts by. Log before saving."""
@@ -147,8 +155,14 @@ class RunDir:
         return None
 
     def write_json(self, name: str, obj: Any) -> None:
-        """Atomic; non-finite floats become strings."""
-        storage.replace_file(self.path / storage.check_name(name), storage.to_json(obj))
+        """Atomic, entered in the run's manifest; non-finite floats become strings."""
+        data = storage.to_json(obj)
+        storage.replace_file(self.path / storage.check_name(name), data)
+        self._write_manifest({**self._files(), name: entry(data)})
+
+    def load_json(self, name: str) -> dict[str, Any]:
+        """What `write_json` wrote; BadFileError if a byte differs."""
+        return storage.from_json(self.read_verified(name), self.path / name)
 
     def save_tensors(
         self, name: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
@@ -215,13 +229,13 @@ class RunDir:
 def check_free(path: str | os.PathLike[str]) -> None:
     """UsageError unless a run can begin in `path`: absent, empty, or left by a `create` that was killed."""
     path = Path(path)
-    if (path / MANIFEST).exists():
+    if os.path.exists(path / MANIFEST):
         raise UsageError(
             f"{path} already holds a run; continue it with `zsq-fast resume {path}` or choose another --out."
         )
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file; choose another --out.")
     with storage.writing(path):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file; choose another --out.")
         names = {entry.name for entry in path.iterdir()} if path.exists() else set()
     foreign = sorted(n for n in names if n not in (LOCK, RECIPE, INFO) and not n.startswith(storage.TMP))
     if foreign:

@@ -43,7 +43,10 @@ class MetricsFile:
     def _open(self) -> int:
         if self._fd is None:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+            new = not self.path.exists()
             self._fd = os.open(self.path, flags, 0o666)
+            if new:
+                storage.sync_directory(self.path.parent)
         return self._fd
 
     def read(self) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zsq_fast.errors import BadFileError, StorageError
+from zsq_fast.errors import BadFileError, StorageError, UsageError
 
 TMP = ".tmp-"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}")
@@ -37,12 +37,14 @@ def no_space(path: str | os.PathLike[str], need: int | None = None) -> StorageEr
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns every OSError of its body into the StorageError for `path`."""
+    """Turns every OSError of its body into the StorageError for `path`, a name that is too long into a UsageError."""
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError(f"the file name {path} is too long; choose a shorter --out.") from error
         raise storage_error(error, path) from error
 
 
@@ -67,6 +69,15 @@ def sync_directory(directory: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def make_directory(path: Path) -> None:
+    """With its parents; they are on the disk when this returns."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    if missing:
+        path.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        sync_directory(place.parent)
 
 
 def write_all(fd: int, data: bytes) -> None:
