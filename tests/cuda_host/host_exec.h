@@ -197,12 +197,12 @@ inline unsigned atomicInc(unsigned* p, unsigned lim) {
   void N(T* p, typename hexec::Id<T>::type v) { \
     *p = v;                                     \
   }
-HX_LOAD(__ldg)
-HX_LOAD(__ldcs)
-HX_LOAD(__ldcg) HX_LOAD(__ldca) HX_LOAD(__ldlu) HX_STORE(__stcs) HX_STORE(__stcg) HX_STORE(__stwb)
-    HX_STORE(__stwt) inline float __fmul_rn(float a, float b) {
-  return a * b;
-}  // build with -ffp-contract=off
+// clang-format off
+HX_LOAD(__ldg) HX_LOAD(__ldcs) HX_LOAD(__ldcg) HX_LOAD(__ldca) HX_LOAD(__ldlu)
+HX_STORE(__stcs) HX_STORE(__stcg) HX_STORE(__stwb) HX_STORE(__stwt)
+// build with -ffp-contract=off
+inline float __fmul_rn(float a, float b) { return a * b; }
+// clang-format on
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
