@@ -29,7 +29,7 @@ struct BnStatsBackwardArgs {
 struct GiTensor {
   float* weight;      // [rows, cols]
   const float* grad;  // [rows, cols]
-  float* velocity;    // [rows, cols] momentum buffer
+  float* momentum;    // [rows, cols] buffer
   int64_t rows, cols;
 };
 

@@ -15,7 +15,6 @@ from typing import Any
 from zsq_fast import __version__
 from zsq_fast.cli.arguments import HelpShown
 from zsq_fast.errors import Interrupted, UsageError, ZsqError, nearest
-from zsq_fast.process import keep_freed_memory
 
 # verb: (module with `run(argv) -> exit code`, help)
 VERBS = {
@@ -46,7 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by the caller: `>&-`
             setattr(sys, stream, open(os.devnull, "w"))
-    keep_freed_memory()
     logging.basicConfig(format="zsq-fast: %(message)s")
     try:
         with warnings.catch_warnings():
