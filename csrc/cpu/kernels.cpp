@@ -42,16 +42,20 @@ class Buffer {
   int64_t size_ = 0;
 };
 }  // namespace
+#include "bn_act.inc"
 #include "bn_stats.inc"
 #include "fake_quant.inc"
 #include "gi_sgd.inc"
+#include "learned_step.inc"
+#include "losses.inc"
 
 template <class T>
 constexpr TypedKernels<T> typed_table() {
-  return {fake_quant_weight<T>, weight_codes<T>, fake_quant_act<T>, min_max<T>, bn_stats<T>, bn_stats_backward<T>};
+  return {fake_quant_table<T>(), bn_stats_table<T>(), bn_act_table<T>(), learned_step_table<T>(), loss_table<T>()};
 }
 #define ZSQ_STRING_(x) #x
 #define ZSQ_STRING(x) ZSQ_STRING_(x)
 extern const Kernels table;
-const Kernels table = {ZSQ_STRING(ZSQ_ISA), typed_table<float>(), typed_table<double>(), gi_sgd};
+const Kernels table = {ZSQ_STRING(ZSQ_ISA), typed_table<float>(), typed_table<double>(),
+                       typed_table<Bf16>(), typed_table<Half>(),  gi_sgd};
 }  // namespace zsq::cpu::ZSQ_ISA

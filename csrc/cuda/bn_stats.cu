@@ -199,7 +199,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8) grad_kernel(const Gr
 
 }  // namespace
 
-size_t bn_stats_workspace(int64_t N, int64_t C, int64_t S, bool channels_last, size_t element_size) {
+size_t bn_stats_workspace(const Plane& shape, size_t element_size) {
+  const auto [N, C, S, channels_last] = shape;
   const int V = 16 / static_cast<int>(element_size);
   const int scalar = cut_for(N, C, S, channels_last, 1).splits;
   const int vector = (channels_last ? C : S) % V == 0 ? cut_for(N, C, S, channels_last, V).splits : 0;
@@ -208,37 +209,35 @@ size_t bn_stats_workspace(int64_t N, int64_t C, int64_t S, bool channels_last, s
 }
 
 template <class T>
-cudaError_t bn_stats(const T* x, const T* mean, const T* var, T* loss, T* batch_mean, T* batch_var, int64_t N,
-                     int64_t C, int64_t S, bool channels_last, void* workspace, cudaStream_t stream) {
+cudaError_t bn_stats(const BnStatsArgs<T>& a, void* workspace, cudaStream_t stream) {
+  const auto [N, C, S, channels_last] = a.shape;
   const cudaError_t cleared = cudaMemsetAsync(workspace, 0, ticket_bytes(C), stream);
   if (cleared != cudaSuccess) return cleared;
   char* base = static_cast<char*>(workspace);
   const Workspace ws{reinterpret_cast<unsigned*>(base), reinterpret_cast<double*>(base + ticket_bytes(C)),
                      reinterpret_cast<double2*>(base + ticket_bytes(C) + term_bytes(C))};
-  const int V = vector_width(x, C, S, channels_last);
+  const int V = vector_width(a.x, C, S, channels_last);
   const Cut cut = cut_for(N, C, S, channels_last, V);
   const auto kernel = V == 1 ? (channels_last ? stats_kernel<T, 1, true> : stats_kernel<T, 1, false>)
                              : (channels_last ? stats_kernel<T, kVec<T>, true> : stats_kernel<T, kVec<T>, false>);
-  const StatsArgs<T> args{x, mean, var, loss, batch_mean, batch_var, ws, cut, N, C, S};
+  const StatsArgs<T> args{a.x, a.mean, a.var, a.loss, a.batch_mean, a.batch_var, ws, cut, N, C, S};
   return launch({static_cast<int64_t>(cut.groups) * cut.splits, kThreads, 0, stream}, kernel, args);
 }
 
 template <class T>
-cudaError_t bn_stats_backward(const T* grad_loss, const T* x, const T* mean, const T* var, const T* batch_mean,
-                              const T* batch_var, T* grad_x, int64_t N, int64_t C, int64_t S, bool channels_last,
-                              cudaStream_t stream) {
-  const int V = aligned(grad_x) ? vector_width(x, C, S, channels_last) : 1;
-  const GradArgs<T> args{grad_loss, x, mean, var, batch_mean, batch_var, grad_x, C, S, N * C * S / V, N * C * S};
+cudaError_t bn_stats_backward(const BnStatsBackwardArgs<T>& a, cudaStream_t stream) {
+  const auto [N, C, S, channels_last] = a.shape;
+  const int V = aligned(a.grad_x) ? vector_width(a.x, C, S, channels_last) : 1;
+  const GradArgs<T> args{a.grad_loss, a.x, a.mean, a.var,         a.batch_mean, a.batch_var,
+                         a.grad_x,    C,   S,      N * C * S / V, N * C * S};
   const auto kernel = V == 1 ? (channels_last ? grad_kernel<T, 1, true> : grad_kernel<T, 1, false>)
                              : (channels_last ? grad_kernel<T, kVec<T>, true> : grad_kernel<T, kVec<T>, false>);
   return launch({ceil_div(args.units, kThreads * kBackwardUnits), kThreads, 0, stream}, kernel, args);
 }
 
-#define ZSQ_INSTANTIATE(T)                                                                                           \
-  template cudaError_t bn_stats<T>(const T*, const T*, const T*, T*, T*, T*, int64_t, int64_t, int64_t, bool, void*, \
-                                   cudaStream_t);                                                                    \
-  template cudaError_t bn_stats_backward<T>(const T*, const T*, const T*, const T*, const T*, const T*, T*, int64_t, \
-                                            int64_t, int64_t, bool, cudaStream_t);
+#define ZSQ_INSTANTIATE(T)                                                      \
+  template cudaError_t bn_stats<T>(const BnStatsArgs<T>&, void*, cudaStream_t); \
+  template cudaError_t bn_stats_backward<T>(const BnStatsBackwardArgs<T>&, cudaStream_t);
 ZSQ_INSTANTIATE(float)
 ZSQ_INSTANTIATE(double)
 

@@ -29,7 +29,7 @@ void zsq_seed(uint64_t seed) { hexec::options().seed = seed; }
 unsigned long long zsq_launches() { return hexec::launches(); }
 size_t zsq_running_workspace(size_t element) { return fake_quant_act_running_workspace(element); }
 size_t zsq_bn_workspace(int64_t n, int64_t c, int64_t s, bool last, size_t element) {
-  return bn_stats_workspace(n, c, s, last, element);
+  return bn_stats_workspace({n, c, s, last}, element);
 }
 size_t zsq_gi_workspace(int count) { return gi_sgd_workspace(count); }
 
@@ -50,11 +50,11 @@ size_t zsq_gi_workspace(int count) { return gi_sgd_workspace(count); }
   }                                                                                                                   \
   int zsq_bn_stats_##X(const T* x, const T* mean, const T* var, T* loss, T* bm, T* bv, int64_t n, int64_t c,          \
                        int64_t s, bool last, void* ws) {                                                              \
-    return guarded([&] { return bn_stats<T>(x, mean, var, loss, bm, bv, n, c, s, last, ws, nullptr); });              \
+    return guarded([&] { return bn_stats<T>({x, mean, var, loss, bm, bv, {n, c, s, last}}, ws, nullptr); });          \
   }                                                                                                                   \
   int zsq_bn_stats_backward_##X(const T* g, const T* x, const T* mean, const T* var, const T* bm, const T* bv, T* gx, \
                                 int64_t n, int64_t c, int64_t s, bool last) {                                         \
-    return guarded([&] { return bn_stats_backward<T>(g, x, mean, var, bm, bv, gx, n, c, s, last, nullptr); });        \
+    return guarded([&] { return bn_stats_backward<T>({g, x, mean, var, bm, bv, gx, {n, c, s, last}}, nullptr); });    \
   }
 ZSQ_SHIM(float, f32)
 ZSQ_SHIM(double, f64)

@@ -1,7 +1,10 @@
 """The operations. Each is one dispatcher op with a plain-PyTorch reference, a CPU kernel and a CUDA kernel behind it.
 
-Gradients: the fake quantizers use the identity straight-through estimator of the GDFQ family; there is no gradient to ranges.
-Wrong dtypes, shapes, devices or bit widths raise `TypeError` or `ValueError` naming the op, the argument, and what came.
+Tensors are float32, float64, bfloat16 or float16 unless said otherwise. 16-bit tensors are computed in float32; their
+parameters, states and reduced results ("wide" below) are float32, those of float64 tensors float64.
+Gradients: the fake quantizers use the identity straight-through estimator of the GDFQ family unless told otherwise; ranges get none.
+Wrong dtypes, shapes, devices or bit widths raise `TypeError` or `ValueError` naming the op, the argument, and what came. A device
+without kernels raises `NotImplementedError` with the reason and the command that builds them.
 """
 
 from __future__ import annotations
@@ -9,39 +12,58 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from zsq_fast.errors import UsageError
 from zsq_fast.ops import library
 
 __all__ = [
     "backends",
+    "bn_act_fake_quant",
+    "bn_eval_sums",
+    "bn_stats_loss",
     "bn_stats_match",
+    "distillation_loss",
     "fake_quant_act",
     "fake_quant_act_running",
+    "fake_quant_learned",
     "fake_quant_weight",
+    "fake_quant_weights",
+    "feature_alignment",
     "gi_sgd_",
+    "sign_perturb",
     "weight_codes",
 ]
 
 # Resolved once: an attribute chain through torch.ops costs as much as a small kernel.
-_fake_quant_weight = torch.ops.zsq.fake_quant_weight.default
-_weight_codes = torch.ops.zsq.weight_codes.default
-_fake_quant_act = torch.ops.zsq.fake_quant_act.default
-_fake_quant_act_running = torch.ops.zsq.fake_quant_act_running.default
-_bn_stats_match = torch.ops.zsq.bn_stats_match.default
-_gi_sgd_ = torch.ops.zsq.gi_sgd_.default
+_zsq = torch.ops.zsq
+_bn_act_fake_quant = _zsq.bn_act_fake_quant.default
+_bn_eval_sums = _zsq.bn_eval_sums.default
+_bn_stats_loss = _zsq.bn_stats_loss.default
+_bn_stats_match = _zsq.bn_stats_match.default
+_distillation_loss = _zsq.distillation_loss.default
+_fake_quant_act = _zsq.fake_quant_act.default
+_fake_quant_act_clip = _zsq.fake_quant_act_clip.default
+_fake_quant_act_running = _zsq.fake_quant_act_running.default
+_fake_quant_learned = _zsq.fake_quant_learned.default
+_fake_quant_weight = _zsq.fake_quant_weight.default
+_fake_quant_weights = _zsq.fake_quant_weights.default
+_feature_alignment = _zsq.feature_alignment.default
+_gi_sgd_ = _zsq.gi_sgd_.default
+_sign_perturb = _zsq.sign_perturb.default
+_weight_codes = _zsq.weight_codes.default
 
 
 def backends() -> dict[str, str]:
-    """Which implementation serves each device: `{"cpu": "native" | "reference", "cuda": ...}`."""
-    return dict(library.backends)
+    """Which devices have kernels here: `{"cpu": "native" | "missing", "cuda": ...}`."""
+    return {device: "native" if here else "missing" for device, here in library.built.items()}
 
 
 def fake_quant_weight(weight: Tensor, bits: int) -> Tensor:
     """Quantize-dequantize a weight per output channel over the channel's own minimum and maximum (asymmetric grid).
 
     Args:
-        weight: `[C, ...]` float32 or float64; row = output channel. Strides are kept (contiguous or channels_last).
+        weight: `[C, ...]`; row = output channel. Strides are kept (contiguous or channels_last).
         bits: 2 to 8.
 
     Source: ZeroQ/GDFQ quantizer. Exact arithmetic: multiply, subtract, round half to even, true division.
@@ -49,25 +71,41 @@ def fake_quant_weight(weight: Tensor, bits: int) -> Tensor:
     return _fake_quant_weight(weight, bits)
 
 
+def fake_quant_weights(weights: Sequence[Tensor], bits: int) -> list[Tensor]:
+    """`fake_quant_weight` of many tensors in one call: one launch on CUDA, one parallel region on the CPU.
+
+    Args:
+        weights: tensors `[C, ...]` of one dtype and device, e.g. all weights of a network.
+        bits: 2 to 8, the same for all.
+    """
+    return _fake_quant_weights(list(weights), bits)
+
+
 def weight_codes(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Integer codes of a weight, `codes[c] = round(scale[c] * weight[c])` clamped to `[lo_code[c], lo_code[c] + 2**bits - 1]`.
 
     Returns:
-        codes `[C, ...]` (integers in the dtype of weight), scale `[C]` in codes per unit, lo_code `[C]`; the fake-quantized
+        codes `[C, ...]` (integers held in the wide type), scale `[C]` in codes per unit, lo_code `[C]`; the fake-quantized
         value is `codes / scale`.
     """
     return _weight_codes(weight, bits)
 
 
-def fake_quant_act(x: Tensor, lo: Tensor, hi: Tensor, bits: int) -> Tensor:
+def fake_quant_act(x: Tensor, lo: Tensor, hi: Tensor, bits: int, ste: str = "identity") -> Tensor:
     """Quantize-dequantize an activation of any shape over the given per-tensor range.
 
     Args:
-        x: any shape, float32 or float64.
-        lo, hi: range, one element each, on the device of x; not read by the host on CUDA.
+        x: any shape.
+        lo, hi: range, one element each, wide, on the device of x; not read by the host on CUDA.
         bits: 2 to 8.
+        ste: straight-through estimator: "identity" (the papers) passes every gradient, "clip" only those of elements inside the
+            code range, for which it keeps 1 bit per element.
     """
-    return _fake_quant_act(x, lo, hi, bits)
+    if ste == "identity":
+        return _fake_quant_act(x, lo, hi, bits)
+    if ste != "clip":
+        raise UsageError(f"fake_quant_act: ste must be 'identity' or 'clip', got {ste!r}")
+    return _fake_quant_act_clip(x, lo, hi, bits)[0]
 
 
 def fake_quant_act_running(
@@ -77,7 +115,7 @@ def fake_quant_act_running(
 
     Args:
         x: any shape, not empty.
-        lo, hi, beta_t: state, one element each, updated in place; beta_t starts at 1 and is the decay's running product.
+        lo, hi, beta_t: state, one element each, wide, updated in place; beta_t starts at 1 and is the decay's running product.
         plain: False follows the published code, which feeds the bias-corrected value back into the average (it overshoots
             up to 4,000-fold and settles after about 175 updates); True is an ordinary bias-corrected moving average.
     """
@@ -89,9 +127,141 @@ def bn_stats_match(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 
     Args:
         x: `[N, C, ...]`, the input of the batch norm layer.
-        mean, var: `[C]`, its running statistics (constants: no gradient).
+        mean, var: `[C]`, wide, its running statistics (constants: no gradient).
     """
     return _bn_stats_match(x, mean, var)[0]
+
+
+def fake_quant_learned(x: Tensor, step: Tensor, code_min: int, code_max: int, grad_factor: float = 1.0) -> Tensor:
+    """Quantize-dequantize with learned step sizes: `clamp(round(x / step), code_min, code_max) * step` (LSQ, Esser et al. 2020).
+
+    Args:
+        x: any shape.
+        step: units per code, positive, wide: one element, or `[x.shape[0]]`, one per output channel of a weight.
+        code_min, code_max: end codes, e.g. -8 and 7, or 0 and 15.
+        grad_factor: multiplies the gradient of the step (LSQ section 2.2: `1 / sqrt(numel * code_max)`).
+    """
+    return _fake_quant_learned(x, step, code_min, code_max, grad_factor)
+
+
+def bn_eval_sums(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Batch norm in eval mode and, from the same read of x, the raw sums behind its batch statistics.
+
+    Args:
+        x: `[N, C, ...]`.
+        mean, var, weight, bias: `[C]`, wide, constants (no gradient: the network is frozen).
+
+    Returns:
+        y like x, and sums `[2, C]` float64 of (x - mean) and (x - mean)^2, differentiable. The sums of several ranks may be
+        added up before `bn_stats_loss`.
+    """
+    return _bn_eval_sums(x, mean, var, weight, bias, eps)
+
+
+def bn_stats_loss(sums: Tensor, var: Tensor, count: int) -> Tensor:
+    """The loss of `bn_stats_match` from the sums of `bn_eval_sums`, a scalar.
+
+    Args:
+        sums: `[2, C]` float64.
+        var: `[C]`, running variance.
+        count: values per channel behind the sums: N times positions, over all ranks.
+    """
+    return _bn_stats_loss(sums, var, count)
+
+
+def bn_act_fake_quant(
+    x: Tensor,
+    norm: nn.BatchNorm2d,
+    lo: Tensor,
+    hi: Tensor,
+    bits: int,
+    *,
+    activation: str = "relu",
+    residual: Tensor | None = None,
+    ste: str = "identity",
+) -> Tensor:
+    """`fake_quant_act(activation(norm(x) + residual))` with the batch norm in eval mode, as one kernel.
+
+    Gradients flow to x, residual and the affine parameters of `norm`; the backward pass needs 1 bit per element, and x only for
+    the affine parameters.
+
+    Args:
+        x: `[N, C, ...]`.
+        norm: batch norm with running statistics.
+        lo, hi: range, one element each, wide.
+        activation: "relu", "relu6" or "none".
+        residual: like x, added before the activation.
+        ste: as in `fake_quant_act`.
+    """
+    if ste not in ("identity", "clip"):
+        raise UsageError(f"bn_act_fake_quant: ste must be 'identity' or 'clip', got {ste!r}")
+    if norm.running_mean is None or norm.running_var is None:
+        raise UsageError("bn_act_fake_quant: norm keeps no running statistics (track_running_stats=False)")
+    out: Tensor = _bn_act_fake_quant(
+        x,
+        residual,
+        norm.running_mean,
+        norm.running_var,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        activation,
+        lo,
+        hi,
+        bits,
+        ste == "clip",
+    )[0]
+    return out
+
+
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor | None = None,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 20.0,
+    reduction: str = "mean",
+    kd_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    gamma: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Distillation and (hard-sample) cross entropy with their gradient, from one read of the logits.
+
+    Args:
+        student, teacher: logits `[B, C]`; without a teacher the distillation term is 0.
+        target: class indices `[B]` int64; without one the cross entropy is 0.
+        temperature: T of `T^2 * KL(softmax(teacher/T) || softmax(student/T))` (ait_family.md section 7).
+        reduction: of the distillation term: "mean" divides by B*C, "batchmean" by B.
+        kd_weight, ce_weight: factors of the two terms in the loss.
+        gamma: exponent of HAST eq. 8, `(1 - p)^gamma * CE` with 1 - p at least 1e-6; 0 is plain cross entropy.
+
+    Returns:
+        loss (its gradient goes to the student only), distillation term, cross-entropy term (for the record, no gradient).
+    """
+    if reduction not in ("mean", "batchmean"):
+        raise UsageError(f"distillation_loss: reduction must be 'mean' or 'batchmean', got {reduction!r}")
+    loss, kd, ce, _ = _distillation_loss(
+        student, teacher, target, temperature, reduction == "batchmean", kd_weight, ce_weight, gamma
+    )
+    return loss, kd, ce
+
+
+def feature_alignment(student: Tensor, teacher: Tensor, kind: str = "channel") -> Tensor:
+    """Feature alignment of one layer, a scalar; gradients go to both.
+
+    Args:
+        student, teacher: `[N, C, ...]`.
+        kind: "channel": mean squared difference of L2-normalised channel energies (HAST eq. 12); "spatial": the same of the
+            energies of positions (attention transfer, Zagoruyko and Komodakis 2017); "direct": of the features themselves.
+    """
+    return _feature_alignment(student, teacher, kind)[0]
+
+
+def sign_perturb(x: Tensor, grad: Tensor, epsilon: float) -> Tensor:
+    """`x + epsilon * sign(grad)`, the sample made harder in one step (HAST section 3.3); no gradient."""
+    return _sign_perturb(x, grad, epsilon)
 
 
 def gi_sgd_(

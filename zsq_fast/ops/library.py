@@ -1,15 +1,14 @@
-"""Registers the operations: schemas, shapes for tracing, native kernels, and the reference where no kernel was built."""
+"""Registers the operations: schemas, shapes for tracing, native kernels. A device without kernels raises."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zsq_fast import _build, reference
+from zsq_fast import _build
 from zsq_fast.ops.schemas import NAMESPACE, SCHEMAS
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -17,107 +16,107 @@ for _schema in SCHEMAS:
     _library.define(_schema)
 NAMES = tuple(schema.split("(")[0] for schema in SCHEMAS)
 
-# What a caller may rely on: {"cpu": "native" | "reference", "cuda": ...}.
-backends: dict[str, str] = {}
+# Whether the kernels of a device are here: {"cpu": True, "cuda": False}.
+built: dict[str, bool] = {}
 
 
-def _fallback(device: str, name: str, status: dict[str, Any]) -> Callable[..., Any]:
-    function = getattr(reference, name)
-    announced = False
-
+def _missing(device: str, name: str, status: dict[str, Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        nonlocal announced
-        message = (
-            f"zsq_fast: no {device} kernels here ({status['reason']}), '{name}' runs its slow PyTorch reference. "
-            f"To build them: {status['fix']}"
+        raise NotImplementedError(
+            f"{name}: no {device} kernels here ({status['reason']}). To build them: {status['fix']}. "
+            f"What the operation computes is zsq_fast.reference.{name}."
         )
-        if device in _build.required_kernels():
-            raise NotImplementedError(message)
-        if not announced:
-            announced = True
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
-        bits = args[next(i for i, a in enumerate(_arguments(name)) if a == "bits")] if "bits" in _arguments(name) else 8
-        if not 2 <= bits <= 8:
-            raise ValueError(f"{name}: bits must be 2 to 8, got {bits}")
-        return function(*args)
 
     return run
 
 
-def _arguments(name: str) -> list[str]:
-    return [a.name for a in getattr(torch.ops.zsq, name).default._schema.arguments]
+def _fakes() -> dict[str, Callable[..., Any]]:
+    def wide(x: Tensor) -> torch.dtype:
+        return torch.float64 if x.dtype == torch.float64 else torch.float32
 
-
-class _StraightThrough(torch.autograd.Function):
-    """Identity gradient for the fake quantizers when the C++ autograd is not there."""
-
-    @staticmethod
-    def forward(ctx: Any, op: Any, x: Tensor, *rest: Any) -> Tensor:
-        ctx.extra = len(rest)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(x, *rest)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return (None, grads[0], *[None] * ctx.extra)
-
-
-class _BnStats(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, op: Any, x: Tensor, mean: Tensor, var: Tensor) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            loss, batch_mean, batch_var = op(x, mean, var)
-        ctx.save_for_backward(x, mean, var, batch_mean, batch_var)
-        ctx.mark_non_differentiable(batch_mean, batch_var)
-        return loss, batch_mean, batch_var
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return None, torch.ops.zsq.bn_stats_match_backward(grads[0], *ctx.saved_tensors), None, None
-
-
-def _register_python_autograd() -> None:
-    for name in ("fake_quant_weight", "fake_quant_act", "fake_quant_act_running", "bn_stats_match"):
-        op = getattr(torch.ops.zsq, name).default
-        function = _BnStats if name == "bn_stats_match" else _StraightThrough
-        _library.impl(name, lambda *args, op=op, function=function: function.apply(op, *args), "Autograd")
-
-
-def _register_fakes() -> None:
     def like(x: Tensor, *_: Any) -> Tensor:
         return torch.empty_like(x)
 
+    def mask(x: Tensor) -> Tensor:
+        return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+
     def codes(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(weight), weight.new_empty(weight.shape[0]), weight.new_empty(weight.shape[0])
+        of_rows = weight.new_empty(weight.shape[0], dtype=wide(weight))
+        return torch.empty_like(weight, dtype=wide(weight)), of_rows, torch.empty_like(of_rows)
 
     def statistics(x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return x.new_empty(()), torch.empty_like(mean), torch.empty_like(mean)
+        return mean.new_empty(()), torch.empty_like(mean), torch.empty_like(mean)
 
-    fakes: dict[str, Callable[..., Any]] = {
+    def bn_act_backward(
+        grad: Tensor,
+        mask: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Any,
+        eps: float,
+        residual: bool,
+        affine: bool,
+    ) -> tuple[Tensor, ...]:
+        of_channels = [mean.new_empty(mean.shape if affine else 0) for _ in range(2)]
+        return torch.empty_like(x), torch.empty_like(x) if residual else x.new_empty(0), *of_channels
+
+    def distillation(student: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        return *(student.new_empty((), dtype=wide(student)) for _ in range(3)), student.new_empty(student.shape)
+
+    def alignment(student: Tensor, teacher: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+        n, c = student.shape[:2]
+        positions = student[0, 0].numel() if n and c else 0
+        shape = {"channel": (n, c), "spatial": (n, positions)}.get(kind, (0,))
+        maps = [student.new_empty(shape, dtype=wide(student)) for _ in range(2)]
+        return student.new_empty((), dtype=wide(student)), maps[0], maps[1]
+
+    def alignment_backward(
+        grad_loss: Tensor,
+        student: Tensor,
+        teacher: Tensor,
+        student_map: Tensor,
+        teacher_map: Tensor,
+        kind: str,
+        both: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(student), torch.empty_like(teacher) if both else student.new_empty(0)
+
+    return {
         "fake_quant_weight": like,
+        "fake_quant_weights": lambda weights, bits: [torch.empty_like(w) for w in weights],
         "weight_codes": codes,
         "fake_quant_act": like,
+        "fake_quant_act_clip": lambda x, *_: (torch.empty_like(x), mask(x)),
+        "masked": like,
         "fake_quant_act_running": like,
+        "fake_quant_learned": like,
+        "fake_quant_learned_backward": lambda grad, x, step, *_: (torch.empty_like(x), torch.empty_like(step)),
         "bn_stats_match": statistics,
         "bn_stats_match_backward": lambda grad_loss, x, *_: torch.empty_like(x),
+        "bn_eval_sums": lambda x, *_: (torch.empty_like(x), x.new_empty(2, x.shape[1], dtype=torch.float64)),
+        "bn_eval_sums_backward": lambda grad_y, grad_sums, x, *_: torch.empty_like(x),
+        "bn_stats_loss": lambda sums, var, count: var.new_empty(()),
+        "bn_stats_loss_backward": lambda grad_loss, sums, var, count: torch.empty_like(sums),
+        "bn_act_fake_quant": lambda x, *_: (torch.empty_like(x), mask(x)),
+        "bn_act_fake_quant_backward": bn_act_backward,
+        "distillation_loss": distillation,
+        "feature_alignment": alignment,
+        "feature_alignment_backward": alignment_backward,
+        "sign_perturb": like,
         "gi_sgd_": lambda *_: None,
     }
-    for name, fake in fakes.items():
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 
 def _register() -> None:
-    native = _build.load_native()
-    status = _build.kernel_status()
-    for device in ("cpu", "cuda"):
-        built = native and status[device]["built"]
-        backends[device] = "native" if built else "reference"
-        if not built:
+    _build.load_native()
+    for device, status in _build.kernel_status().items():
+        built[device] = status["built"]
+        if not status["built"]:
             for name in NAMES:
-                _library.impl(name, _fallback(device, name, status[device]), device.upper())
-    if not native:
-        _register_python_autograd()
-    _register_fakes()
+                _library.impl(name, _missing(device, name, status), device.upper())
+    for name, fake in _fakes().items():
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 
 _register()
