@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_host import toolkit
+from cuda_host.bindings import Kernels
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -28,3 +32,19 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared material at {folder.name!r} beside the repository (set ZSQ_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """The CUDA kernels, compiled for the CPU and run by the host executor."""
+    if shutil.which("g++") is None or toolkit.include_dir() is None:
+        pytest.skip("needs g++ and the CUDA headers")
+    return Kernels(toolkit.build_host(tmp_path_factory.mktemp("host") / "libkernels.so", "shim.cpp", "-shared"))
+
+
+@pytest.fixture(params=[0, 1, 2])
+def seeded(request: pytest.FixtureRequest, kernels: Kernels) -> Kernels:
+    """The same under another order of threads and blocks."""
+    kernels.lib.zsq_seed(ctypes.c_uint64(request.param))
+    torch.manual_seed(request.param)
+    return kernels

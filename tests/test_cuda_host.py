@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes as c
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,24 +15,8 @@ from cuda_host.bindings import Kernels, as_c, same, shifted
 
 from zsq_fast import reference
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or toolkit.include_dir() is None, reason="needs g++ and the CUDA headers"
-)
 SHARED = Path(os.environ.get("ZSQ_SHARED") or toolkit.REPO.parent / "shared")
 DTYPES = [torch.float32, torch.float64]
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    return Kernels(toolkit.build_host(tmp_path_factory.mktemp("host") / "libkernels.so", "shim.cpp", "-shared"))
-
-
-@pytest.fixture(params=[0, 1, 2])
-def seeded(request: pytest.FixtureRequest, kernels: Kernels) -> Kernels:
-    """The kernels under another order of threads and blocks."""
-    kernels.lib.zsq_seed(c.c_uint64(request.param))
-    torch.manual_seed(request.param)
-    return kernels
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -162,7 +145,7 @@ def test_bn_stats(kernels: Kernels, shape: str, channels_last: bool, dtype: torc
         for seed in (0, 3):
             kernels.lib.zsq_seed(c.c_uint64(seed))
             loss, bm, bv = torch.full((1,), 7.0, dtype=dtype), torch.full_like(mean, 7.0), torch.full_like(mean, 7.0)
-            scratch = kernels.workspace("bn", n, channels, s, channels_last, loss.element_size())
+            scratch = kernels.workspace("bn_stats", n, channels, s, channels_last, loss.element_size())
             kernels("bn_stats", source, mean, var, loss, bm, bv, n, channels, s, channels_last, as_c(scratch))
             runs.append((loss, bm, bv))
         assert all(same(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
@@ -178,7 +161,7 @@ def test_bn_stats_nan_stays_in_its_channel(seeded: Kernels) -> None:
     x, mean, var = torch.randn(4, 6, 40), torch.zeros(6), torch.ones(6)
     x[1, 2, 3] = float("nan")
     loss, bm, bv = torch.zeros(1), torch.zeros(6), torch.zeros(6)
-    scratch = seeded.workspace("bn", 4, 6, 40, False, 4)
+    scratch = seeded.workspace("bn_stats", 4, 6, 40, False, 4)
     seeded("bn_stats", x, mean, var, loss, bm, bv, 4, 6, 40, False, as_c(scratch))
     assert loss.isnan().all() and bm.isnan().tolist() == bv.isnan().tolist() == [i == 2 for i in range(6)]
 
@@ -283,7 +266,7 @@ def test_gi_recorded(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("flags", ["address,undefined", "thread"])
-def test_sanitized(tmp_path: Path, flags: str) -> None:
+def test_sanitized(kernels: Kernels, tmp_path: Path, flags: str) -> None:
     """A memory error, undefined behaviour or a data race between CUDA threads in any kernel ends the program."""
     keep = ["-fno-sanitize-recover=all"] if flags != "thread" else []
     program = toolkit.build_host(tmp_path / "kernels", "main.cpp", f"-fsanitize={flags}", *keep)

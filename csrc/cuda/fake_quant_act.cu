@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 template <class T>
-cudaError_t fake_quant_act(const T* x, const T* lo, const T* hi, T* out, int64_t n, int bits, cudaStream_t stream) {
+cudaError_t fake_quant_act(const T* x, const Wide<T>* lo, const Wide<T>* hi, T* out, int64_t n, int bits,
+                           cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
   const bool vec = aligned(x) && aligned(out);
   const int64_t blocks = ceil_div(n, kThreads * kInFlight * (vec ? kVec<T> : 1));
@@ -81,8 +82,8 @@ cudaError_t fake_quant_act(const T* x, const T* lo, const T* hi, T* out, int64_t
 size_t fake_quant_act_running_workspace(size_t element_size) { return 16 + 2 * kRangeBlocks * element_size; }
 
 template <class T>
-cudaError_t fake_quant_act_running(const T* x, T* lo, T* hi, T* beta_t, T* out, int64_t n, int bits, double decay,
-                                   bool plain, void* workspace, cudaStream_t stream) {
+cudaError_t fake_quant_act_running(const T* x, Wide<T>* lo, Wide<T>* hi, Wide<T>* beta_t, T* out, int64_t n, int bits,
+                                   double decay, bool plain, void* workspace, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
   unsigned* ticket = static_cast<unsigned*>(workspace);
   T* part = reinterpret_cast<T*>(static_cast<char*>(workspace) + 16);

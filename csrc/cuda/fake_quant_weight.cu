@@ -128,8 +128,8 @@ cudaError_t fake_quant_weight(const T* w, T* out, int64_t rows, int64_t cols, in
 }
 
 template <class T>
-cudaError_t weight_codes(const T* w, T* codes, T* scale, T* lo_code, int64_t rows, int64_t cols, int bits,
-                         cudaStream_t stream) {
+cudaError_t weight_codes(const T* w, Wide<T>* codes, Wide<T>* scale, Wide<T>* lo_code, int64_t rows, int64_t cols,
+                         int bits, cudaStream_t stream) {
   return quantize_rows<T, true>(w, {codes, scale, lo_code}, rows, cols, bits, stream);
 }
 

@@ -24,23 +24,27 @@ class GiOptions(c.Structure):
     _fields_ += [("bits", c.c_int), ("search_steps", c.c_int), ("nesterov", c.c_bool), ("capped", c.c_bool)]
 
 
+SUFFIXES = {torch.float32: "_f32", torch.float64: "_f64", torch.bfloat16: "_bf16", torch.float16: "_f16"}
+
+
 class Kernels:
     def __init__(self, path: Path):
         self.lib = c.CDLL(str(path))
         self.lib.zsq_error.restype = c.c_char_p
         self.lib.zsq_launches.restype = c.c_ulonglong
-        for name in ("zsq_running_workspace", "zsq_bn_workspace", "zsq_gi_workspace"):
-            getattr(self.lib, name).restype = c.c_size_t
 
     def __call__(self, name: str, *args: object) -> None:
         """Run the launcher for the element type of the first tensor."""
         kind = next((a.dtype for a in args if isinstance(a, torch.Tensor)), None)
-        function = getattr(self.lib, f"zsq_{name}" + {torch.float64: "_f64", torch.float32: "_f32"}.get(kind, ""))
+        function = getattr(self.lib, f"zsq_{name}{SUFFIXES.get(kind, '')}")
         assert function(*map(as_c, args)) == 0, self.lib.zsq_error().decode()
 
     def workspace(self, name: str, *args: object) -> torch.Tensor:
-        size = getattr(self.lib, f"zsq_{name}_workspace")(*map(as_c, args))
-        return torch.full((size,), 0xA5, dtype=torch.uint8)  # launchers must not count on its contents
+        function = getattr(self.lib, f"zsq_{name}_workspace")
+        function.restype = c.c_size_t
+        return torch.full(
+            (function(*map(as_c, args)),), 0xA5, dtype=torch.uint8
+        )  # launchers must not count on its contents
 
     def gi_sgd(self, weights, grads, momenta, **options):
         table = (GiTensor * len(weights))()
@@ -56,7 +60,7 @@ class Kernels:
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal bit by bit, any NaN counting as any other."""
-    bits = {torch.float32: torch.int32, torch.float64: torch.int64}.get(a.dtype, a.dtype)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(a.element_size(), a.dtype)
     return a.shape == b.shape and bool(((a.view(bits) == b.view(bits)) | (a.isnan() & b.isnan())).all())
 
 

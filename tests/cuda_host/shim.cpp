@@ -23,42 +23,22 @@ int guarded(F f) {
 }
 }  // namespace
 
+// For each storage type: ZSQ_FOR_TYPES(M) is M(float, f32) M(double, f64) ... ; files below define M and undefine it.
+#define ZSQ_FOR_TYPES(M) M(float, f32) M(double, f64) M(zsq::Bf16, bf16) M(zsq::Half, f16)
+#define ZSQ_FOR_WIDE_TYPES(M) M(float, f32) M(double, f64)
+
 extern "C" {
 const char* zsq_error() { return last_error.c_str(); }
 void zsq_seed(uint64_t seed) { hexec::options().seed = seed; }
 unsigned long long zsq_launches() { return hexec::launches(); }
-size_t zsq_running_workspace(size_t element) { return fake_quant_act_running_workspace(element); }
-size_t zsq_bn_workspace(int64_t n, int64_t c, int64_t s, bool last, size_t element) {
-  return bn_stats_workspace({n, c, s, last}, element);
-}
+
+#include "shim_bn_act.inc"
+#include "shim_bn_stats.inc"
+#include "shim_fake_quant.inc"
+#include "shim_learned_step.inc"
+#include "shim_losses.inc"
+
 size_t zsq_gi_workspace(int count) { return gi_sgd_workspace(count); }
-
-#define ZSQ_SHIM(T, X)                                                                                                \
-  int zsq_fake_quant_weight_##X(const T* w, T* out, int64_t rows, int64_t cols, int bits) {                           \
-    return guarded([&] { return fake_quant_weight<T>(w, out, rows, cols, bits, nullptr); });                          \
-  }                                                                                                                   \
-  int zsq_weight_codes_##X(const T* w, T* codes, T* scale, T* lo, int64_t rows, int64_t cols, int bits) {             \
-    return guarded([&] { return weight_codes<T>(w, codes, scale, lo, rows, cols, bits, nullptr); });                  \
-  }                                                                                                                   \
-  int zsq_fake_quant_act_##X(const T* x, const T* lo, const T* hi, T* out, int64_t n, int bits) {                     \
-    return guarded([&] { return fake_quant_act<T>(x, lo, hi, out, n, bits, nullptr); });                              \
-  }                                                                                                                   \
-  int zsq_fake_quant_act_running_##X(const T* x, T* lo, T* hi, T* beta, T* out, int64_t n, int bits, double decay,    \
-                                     bool plain, void* ws) {                                                          \
-    return guarded(                                                                                                   \
-        [&] { return fake_quant_act_running<T>(x, lo, hi, beta, out, n, bits, decay, plain, ws, nullptr); });         \
-  }                                                                                                                   \
-  int zsq_bn_stats_##X(const T* x, const T* mean, const T* var, T* loss, T* bm, T* bv, int64_t n, int64_t c,          \
-                       int64_t s, bool last, void* ws) {                                                              \
-    return guarded([&] { return bn_stats<T>({x, mean, var, loss, bm, bv, {n, c, s, last}}, ws, nullptr); });          \
-  }                                                                                                                   \
-  int zsq_bn_stats_backward_##X(const T* g, const T* x, const T* mean, const T* var, const T* bm, const T* bv, T* gx, \
-                                int64_t n, int64_t c, int64_t s, bool last) {                                         \
-    return guarded([&] { return bn_stats_backward<T>({g, x, mean, var, bm, bv, gx, {n, c, s, last}}, nullptr); });    \
-  }
-ZSQ_SHIM(float, f32)
-ZSQ_SHIM(double, f64)
-
 int zsq_gi_sgd(const GiTensor* tensors, int count, float* kappa, int64_t* changed, const zsq::GiOptions* options,
                void* ws) {
   return guarded([&] { return gi_sgd(tensors, count, kappa, changed, *options, ws, nullptr); });
