@@ -21,7 +21,7 @@ ALLOWED = {
     "process": set(),
     "_build": set(),
     "reference": set(),
-    "ops": {"errors", "reference", "_build"},
+    "ops": {"errors", "_build"},
     "losses": {"ops", "errors"},
     "optim": {"ops", "errors"},
     "nn": {"ops", "errors"},
@@ -92,9 +92,8 @@ def test_reference_has_the_signature_of_the_schema(schema):
     name = schema.split("(")[0]
     op = getattr(torch.ops.zsq, name).default
     assert list(inspect.signature(getattr(reference, name)).parameters) == [a.name for a in op._schema.arguments]
-    assert name in (ROOT / "docs" / "architecture.md").read_text()
-    assert f'"{name}"' in (ROOT / "csrc" / "ops" / "cpu.cpp").read_text()
-    assert f'"{name}"' in (ROOT / "csrc" / "ops" / "cuda.cpp").read_text()
+    for device in ("cpu", "cuda"):
+        assert any(f'm.impl("{name}"' in f.read_text() for f in (ROOT / "csrc" / "ops").glob(f"*/{device}.inc")), device
 
 
 def test_public_operations_are_documented():

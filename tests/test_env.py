@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from zsq_fast import _build, ops, reference
+from zsq_fast import _build, ops
 from zsq_fast.cli import env, main
 from zsq_fast.ops import library
 
@@ -54,28 +54,10 @@ def test_missing_kernel_comes_with_the_preparing_step(monkeypatch: pytest.Monkey
     assert status["fix"].startswith("install g++, then: pip install")
 
 
-@pytest.mark.parametrize(
-    ("setting", "outcome"),
-    [
-        ("", None),
-        ("cpu", None),
-        ("cuda", NotImplementedError),
-        ("cpu, CUDA", NotImplementedError),
-        ("1", NotImplementedError),
-        ("gpu", ValueError),
-    ],
-)
-def test_reference_is_refused_where_kernels_are_required(
-    monkeypatch: pytest.MonkeyPatch, setting: str, outcome: type[Exception] | None
-) -> None:
-    monkeypatch.setenv("ZSQ_REQUIRE_KERNELS", setting)
-    weight = torch.randn(3, 5)
-    run = library._fallback("cuda", "fake_quant_weight", {"reason": "none built", "fix": "build"})
-    if outcome:
-        with pytest.raises(
-            outcome, match="none built" if outcome is NotImplementedError else "ZSQ_REQUIRE_KERNELS.*gpu"
-        ):
-            run(weight, 4)
-    else:
-        with pytest.warns(RuntimeWarning, match="none built"):
-            assert torch.equal(run(weight, 4), reference.fake_quant_weight(weight, 4))
+def test_missing_kernels_raise_with_reason_and_remedy(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    run = library._missing("cuda", "fake_quant_weight", {"reason": "none built", "fix": "pip install it"})
+    with pytest.raises(NotImplementedError, match=r"fake_quant_weight: no cuda kernels.*none built.*pip install it"):
+        run(torch.randn(3, 5), 4)
+    monkeypatch.setattr(env, "report", run)  # on the command line: one sentence and an exit code of its own
+    assert main(["env"]) == 6
+    assert "error: fake_quant_weight: no cuda kernels here" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """What was built at installation, whether it fits the torch that is running, and how to build what is missing.
 
 `_build_info.json` is written by the build (build_backend/zsq_native.py). A native module that is absent or does not fit
-raises nothing: it is a reason, and the package runs the PyTorch reference.
+raises nothing here: it is a reason, which the operations give when they are called.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def load_native() -> bool:
 
 
 def required_kernels() -> tuple[str, ...]:
-    """Devices named in ZSQ_REQUIRE_KERNELS ("1": both), where the reference is an error. The build reads it alike.
+    """Devices named in ZSQ_REQUIRE_KERNELS ("1": both), without whose kernels the build and the tests fail.
 
     Raises ValueError for anything else in the variable.
     """

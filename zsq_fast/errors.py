@@ -36,6 +36,12 @@ class TrainingError(ZsqError, RuntimeError):
     exit_code = 5
 
 
+class MissingKernelsError(ZsqError, NotImplementedError):
+    """The device has no kernels here; the message names the reason and the command that builds them."""
+
+    exit_code = 6
+
+
 class StorageError(ZsqError, OSError):
     """The output could not be written (no space, no permission, locked by another run)."""
 

@@ -34,7 +34,7 @@ options of every verb:
   --debug     show the traceback of an error
 
 exit codes: 0 done, 1 unexpected error, 2 wrong usage, 3 unsupported network, 4 bad file, 5 training failed,
-            74 output not writable or disk full, 130 interrupted (143 by SIGTERM)"""
+            6 no kernels for the device, 74 output not writable or disk full, 130 interrupted (143 by SIGTERM)"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ Tensors are float32, float64, bfloat16 or float16 unless said otherwise. 16-bit 
 parameters, states and reduced results ("wide" below) are float32, those of float64 tensors float64.
 Gradients: the fake quantizers use the identity straight-through estimator of the GDFQ family unless told otherwise; ranges get none.
 Wrong dtypes, shapes, devices or bit widths raise `TypeError` or `ValueError` naming the op, the argument, and what came. A device
-without kernels raises `NotImplementedError` with the reason and the command that builds them.
+without kernels raises `MissingKernelsError` with the reason and the command that builds them.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zsq_fast import _build
+from zsq_fast.errors import MissingKernelsError
 from zsq_fast.ops.schemas import NAMESPACE, SCHEMAS
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -22,9 +23,8 @@ built: dict[str, bool] = {}
 
 def _missing(device: str, name: str, status: dict[str, Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        raise NotImplementedError(
-            f"{name}: no {device} kernels here ({status['reason']}). To build them: {status['fix']}. "
-            f"What the operation computes is zsq_fast.reference.{name}."
+        raise MissingKernelsError(
+            f"{name}: no {device} kernels here ({status['reason']}). To build them: {status['fix']}"
         )
 
     return run

@@ -56,7 +56,7 @@ def feature_alignment(student: Tensor, teacher: Tensor, kind: str) -> tuple[Tens
     maps = _map(student, kind), _map(teacher, kind)
     if kind == "direct":
         return F.mse_loss(wide(student), wide(teacher)), *maps
-    return F.mse_loss(*(F.normalize(m, dim=1) for m in maps)), *maps
+    return F.mse_loss(F.normalize(maps[0], dim=1), F.normalize(maps[1], dim=1)), *maps
 
 
 def feature_alignment_backward(
