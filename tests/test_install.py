@@ -209,7 +209,7 @@ def test_build_for_another_torch_is_not_loaded(tmp_path: Path, monkeypatch: pyte
     _build.build_info.cache_clear()
     _build._load.cache_clear()
     try:
-        assert not _build.load_native()
+        assert not _build.native()
         for status in _build.kernel_status().values():
             assert not status["built"] and "1.0.0" in status["reason"] and torch.__version__ in status["reason"]
             assert status["fix"] == f"pip install --no-deps --force-reinstall {ROOT}"

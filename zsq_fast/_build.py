@@ -46,9 +46,9 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"built against torch {info['torch']}, does not load with torch {torch.__version__}: {problem}"
 
 
-def load_native() -> bool:
-    """Import the native module, which registers its kernels. False when there is none for the running torch."""
-    return _load()[0] is not None
+def native() -> ModuleType | None:
+    """The native module, importing which registers its kernels; None when there is none for the running torch."""
+    return _load()[0]
 
 
 def required_kernels() -> tuple[str, ...]:

@@ -8,6 +8,7 @@
 
 #include "../cpu/kernels.h"
 #include "checks.h"
+#include "memory.h"
 
 namespace zsq {
 namespace {

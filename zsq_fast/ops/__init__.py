@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from zsq_fast import _build
 from zsq_fast.errors import UsageError
 from zsq_fast.ops import library
 
@@ -31,6 +32,7 @@ __all__ = [
     "fake_quant_weights",
     "feature_alignment",
     "gi_sgd_",
+    "release_memory",
     "sign_perturb",
     "weight_codes",
 ]
@@ -57,6 +59,20 @@ _weight_codes = _zsq.weight_codes.default
 def backends() -> dict[str, str]:
     """Which devices have kernels here: `{"cpu": "native" | "missing", "cuda": ...}`."""
     return {device: "native" if here else "missing" for device, here in library.built.items()}
+
+
+def release_memory() -> int:
+    """Give the memory kept for large CPU results back to the system; returns the number of bytes.
+
+    Freed results of 1 MiB and more are kept for later ones, 1 GiB at most: a fresh 50 MB result would cost more in page faults than
+    the kernel that fills it.
+    """
+    native = _build.native()
+    if native is None:
+        return 0
+    kept: int = native.kept_memory()
+    native.release_memory()
+    return kept
 
 
 def fake_quant_weight(weight: Tensor, bits: int) -> Tensor:

@@ -109,7 +109,7 @@ def _fakes() -> dict[str, Callable[..., Any]]:
 
 
 def _register() -> None:
-    _build.load_native()
+    _build.native()
     for device, status in _build.kernel_status().items():
         built[device] = status["built"]
         if not status["built"]:
