@@ -54,9 +54,9 @@ lint: $(VENV)/.dev
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(BIN)/mypy
 
-# The working directory goes last on sys.path: `benchmarks` is found there, zsq_fast where it is installed.
 bench: $(VENV)/.installed
-	$(BIN)/python -c "import runpy, sys; sys.path.append(sys.path.pop(0)); runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)" $(BENCH_ARGS)
+	$(PIP) install --quiet '.[bench]'
+	$(BIN)/pytest -q --import-mode=importlib -o pythonpath=. benchmarks/test_kernels.py $(BENCH_ARGS)
 
 # Needs a GPU with its driver, nvcc, cmake, and a $(PYTHON) that has a CUDA torch, setuptools 77, numpy, safetensors, rich, filelock,
 # pytest and hypothesis; no network. Builds for that GPU into .gpu/site and runs the tests from there, so that this tree does not shadow the build.

@@ -9,22 +9,18 @@ bit for bit). One record per student goes to benchmarks/results/.
 
 from __future__ import annotations
 
-from zsq_fast.process import keep_freed_memory
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
-keep_freed_memory()
+import torch
 
-import argparse  # noqa: E402
-import sys  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import torch  # noqa: E402
-
-import zsq_fast as zsq  # noqa: E402
-from benchmarks import record  # noqa: E402
-from zsq_fast.data import evaluate, load_eval_data  # noqa: E402
-from zsq_fast.methods import Progress, run_together  # noqa: E402
-from zsq_fast.models import load_model  # noqa: E402
+import zsq_fast as zsq
+from benchmarks import record
+from zsq_fast.data import evaluate, load_eval_data
+from zsq_fast.methods import Progress, run_together
+from zsq_fast.models import load_model
 
 
 def main() -> None:

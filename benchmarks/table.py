@@ -1,6 +1,6 @@
-"""The README's result tables, made from the committed records: python -m benchmarks.table [--write].
+"""The measured parts of README.md and docs/performance.md, made from the committed records: python -m benchmarks.table [--write].
 
-A test compares the README with what this prints, so that no number stands there without its record.
+A test compares the pages with what this makes, so that no number stands there without its record. `--write` also draws the picture.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- measured: python -m benchmarks.table --write -->", "<!-- end of measured -->"
 TITLES = {"kl_only": "KL-only", "gdfq": "GDFQ", "ait": "AIT"}
 
@@ -60,20 +60,92 @@ def accuracy() -> str:
     return "\n".join(lines)
 
 
+OTHERS = {"reference": "plain PyTorch", "aten": "PyTorch's own ops", "compile": "torch.compile"}
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
+
+
 def kernels() -> str:
-    path, record = _load("kernels_*.json")[0]
+    path, record = _load("kernels_*_hot.json")[0]
     machine = record["environment"]
     lines = [
-        f"Kernels on {machine['threads']} cores ({machine['cpu_isa']}), fastest of {record['rounds']} interleaved rounds "
-        f"([record](benchmarks/results/{path.name}), `make bench`):",
+        f"Kernels on {machine['threads']} cores ({machine['cpu_isa']}): how many times as fast as what else computes the same, fastest of "
+        f"{record['rounds']} interleaved rounds ([record](benchmarks/results/{path.name}), [more](docs/performance.md)):",
         "",
-        "| | kernel | PyTorch reference | speed-up |",
-        "|---|---:|---:|---:|",
+        f"| | kernel | {' | '.join(OTHERS.values())} |",
+        "|---|---:|" + "---:|" * len(OTHERS),
     ]
     for case in record["cases"]:
-        kernel, reference = case["seconds"]["kernel"] * 1e3, case["seconds"]["reference"] * 1e3
-        lines.append(f"| {case['case']} | {kernel:.2f} ms | {reference:.1f} ms | {reference / kernel:.0f}x |")
+        if case["gates"]:
+            ratios = " | ".join(_times(case["ratios"].get(name)) for name in OTHERS)
+            lines.append(f"| {case['case']} | {case['seconds']['kernel'] * 1e3:.2f} ms | {ratios} |")
     return "\n".join(lines)
+
+
+def performance() -> str:
+    """One table per record: gates and moonshots beside what was measured."""
+    parts = []
+    for path, record in _load("kernels_*.json"):
+        machine = record["environment"]
+        where = (
+            machine["gpu"] if record.get("device") == "cuda" else f"{machine['threads']} cores, {machine['cpu_isa']}"
+        )
+        lines = [
+            f"### {where}; {record['caches']} caches, {record['memory']} memory",
+            "",
+            f"[Record](../benchmarks/results/{path.name}), commit {machine['commit'][:7]}, torch {machine['torch']}, "
+            f"{record['rounds']} rounds. In brackets: gate, moonshot.",
+            "",
+            f"| | kernel | GB/s | of copy | {' | '.join(OTHERS.values())} | copy time |",
+            "|---|---:|---:|---:|" + "---:|" * (len(OTHERS) + 1),
+        ]
+        for case in record["cases"]:
+            cells = [f"{case['seconds']['kernel'] * 1e3:.3f} ms", f"{case['gigabytes_per_second']:.1f}"]
+            share = case["share_of_copy_bandwidth"]
+            cells.append("" if share is None else f"{share * 100:.0f} %")
+            for name in OTHERS:
+                aims = [case[kind].get(name) for kind in ("gates", "moonshots")]
+                told = ", ".join(f"{a:g}" for a in aims if a)
+                cells.append(_times(case["ratios"].get(name)) + (f" ({told})" if told else ""))
+            cells.append("" if "copy" not in case["ratios"] else f"{1 / case['ratios']['copy']:.2f}")
+            lines.append(f"| {case['case']} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def draw(path: Path) -> None:
+    """Bars of the gated cases on a logarithmic axis, each with a mark at its gate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    _, record = _load("kernels_*_hot.json")[0]
+    cases = [case for case in record["cases"] if case["gates"]][::-1]
+    figure, axes = plt.subplots(figsize=(9, 0.62 * len(cases) + 1.2))
+    height = 0.26
+    for k, (name, title) in enumerate(OTHERS.items()):
+        at = [i + (1 - k) * height for i, case in enumerate(cases) if name in case["ratios"]]
+        ratios = [case["ratios"][name] for case in cases if name in case["ratios"]]
+        bars = axes.barh(at, ratios, height, label=f"over {title}", color=("#4269d0", "#efb118", "#3ca951")[k])
+        axes.bar_label(bars, [_times(r) for r in ratios], padding=3, fontsize=8)
+        gates = [(i + (1 - k) * height, case["gates"][name]) for i, case in enumerate(cases) if name in case["gates"]]
+        for y, gate in gates:
+            axes.plot([gate, gate], [y - height / 2, y + height / 2], color="black", linewidth=2)
+    axes.plot([], [], color="black", linewidth=2, label="gate")
+    axes.set_xscale("log")
+    axes.set_xlim(1, 4 * max(max(c["ratios"].get(n, 0) for n in OTHERS) for c in cases))
+    axes.set_yticks(
+        range(len(cases)),
+        [c["case"].replace(", forward + backward", ",\nforward + backward") for c in cases],
+        fontsize=8,
+    )
+    axes.set_xlabel("times as fast (two CPU cores, fastest rounds)")
+    axes.legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 def demo() -> str:
@@ -95,13 +167,25 @@ def demo() -> str:
     return "\n".join(lines)
 
 
-def measured() -> str:
-    return "\n\n".join((BEGIN, accuracy(), demo(), kernels(), END))
+PAGES = {
+    ROOT / "README.md": lambda: (accuracy(), demo(), kernels()),
+    ROOT / "docs" / "performance.md": lambda: (performance(),),
+}
+
+
+def measured(page: Path) -> str:
+    return "\n\n".join((BEGIN, *PAGES[page](), END))
 
 
 if __name__ == "__main__":
+    for page in PAGES:
+        text = page.read_text()
+        made = re.sub(
+            f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _, page=page: measured(page), text, flags=re.DOTALL
+        )
+        if "--write" in sys.argv:
+            page.write_text(made)
+        elif made != text:
+            sys.exit(f"{page.relative_to(ROOT)} is not what the records say: python -m benchmarks.table --write")
     if "--write" in sys.argv:
-        text = README.read_text()
-        README.write_text(re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: measured(), text, flags=re.DOTALL))
-    else:
-        print(measured())
+        draw(ROOT / "docs" / "pictures" / "kernels_cpu.png")

@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "zsq_fast"
 ALLOWED = {
     "errors": set(),
-    "process": set(),
     "_build": set(),
     "reference": set(),
     "ops": {"errors", "_build"},

@@ -1,0 +1,379 @@
+"""What is timed: each kernel at a named size, and what it stands against.
+
+Variants of a case: `kernel` (ours), `reference` (plain PyTorch as the research code writes it), `aten` (the best chain of PyTorch's
+own operations; its quantizers are given their range), `compile` (torch.compile of the reference) and `copy` (`Tensor.copy_` of the
+largest tensor into a buffer that is there). Everybody runs with PyTorch's allocator as it is; ours keep the memory of their results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import zsq_fast as zsq
+from zsq_fast import reference
+from zsq_fast.models.resnet_cifar import ResNetCifar
+
+Call = Callable[[], Any]
+
+
+@dataclass
+class Case:
+    name: str
+    size: int  # bytes that the kernel has to move between memory and processor
+    copied: int  # bytes that `copy` reads and writes
+    variants: dict[str, Call]
+    gates: dict[str, float] = field(default_factory=dict)  # least `variant time / kernel time` on two CPU cores
+    moonshots: dict[str, float] = field(default_factory=dict)
+    before: Call = lambda: None  # not timed
+
+
+class _Straight(torch.autograd.Function):
+    """Reference activation quantizer with the identity straight-through estimator."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lo: Tensor, hi: Tensor, bits: int) -> Tensor:
+        return reference.fake_quant_act(x, lo, hi, bits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None, None, None
+
+
+def compiled(function: Callable[..., Any], *args: Any) -> Call:
+    """torch.compile of the function, compiled at the first call."""
+    fast = torch.compile(function, fullgraph=True, dynamic=False)
+    return lambda: fast(*args)
+
+
+def gradients(loss: Callable[..., Tensor], inputs: list[Tensor], outgoing: Tensor | None = None) -> Call:
+    return lambda: torch.autograd.grad(loss(), inputs, outgoing)
+
+
+def weight_case(device: str, shape: tuple[int, ...] = (512, 512, 3, 3)) -> Case:
+    w = torch.randn(shape, device=device)
+    spare = torch.empty_like(w)
+    rows = w.flatten(1)
+    scale = ((rows.amax(1) - rows.amin(1)) / 15).clamp(min=1e-8)
+    zero = torch.zeros_like(scale)
+    return Case(
+        f"weight range + fake quantization, {'x'.join(map(str, shape))}",
+        8 * w.numel(),
+        8 * w.numel(),
+        {
+            "kernel": lambda: zsq.ops.fake_quant_weight(w, 4),
+            "reference": lambda: reference.fake_quant_weight(w, 4),
+            "aten": lambda: torch.fake_quantize_per_channel_affine(w, scale, zero, 0, -8, 7),
+            "compile": compiled(reference.fake_quant_weight, w, 4),
+            "copy": lambda: spare.copy_(w),
+        },
+        {"reference": 12, "aten": 12, "compile": 1.6},
+        {"reference": 20, "compile": 2.2, "copy": 1 / 1.2},
+    )
+
+
+def network_weights_case(device: str) -> Case:
+    net = ResNetCifar(shortcut="B").to(device)
+    weights = [m.weight.detach() for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    spares = [torch.empty_like(w) for w in weights]
+    return Case(
+        f"{len(weights)} ResNet-20 weights in one call",
+        8 * sum(w.numel() for w in weights),
+        8 * sum(w.numel() for w in weights),
+        {
+            "kernel": lambda: zsq.ops.fake_quant_weights(weights, 4),
+            "reference": lambda: [reference.fake_quant_weight(w, 4) for w in weights],
+            "copy": lambda: torch._foreach_copy_(spares, weights),
+        },
+        {"reference": 30},
+        {"reference": 100},
+    )
+
+
+def _activation(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(200, 64, 32, 32, device=device).relu()
+    return x, torch.tensor(0.0, device=device), torch.tensor(3.0, device=device)
+
+
+def act_case(device: str) -> Case:
+    x, lo, hi = _activation(device)
+    spare = torch.empty_like(x)
+    return Case(
+        "activation fake quantization, frozen range, 52 MB",
+        8 * x.numel(),
+        8 * x.numel(),
+        {
+            "kernel": lambda: zsq.ops.fake_quant_act(x, lo, hi, 4),
+            "reference": lambda: reference.fake_quant_act(x, lo, hi, 4),
+            "aten": lambda: torch.fake_quantize_per_tensor_affine(x, 0.2, 0, 0, 15),
+            "compile": compiled(reference.fake_quant_act, x, lo, hi, 4),
+            "copy": lambda: spare.copy_(x),
+        },
+        {"aten": 8, "reference": 10, "compile": 2},
+        {"aten": 15, "reference": 20, "compile": 4},
+    )
+
+
+def running_case(device: str) -> Case:
+    x, *_ = _activation(device)
+    spare = torch.empty_like(x)
+    states = [[torch.tensor(v, device=device) for v in (0.0, 3.0, 0.5)] for _ in range(2)]
+    return Case(
+        "activation fake quantization, running range, 52 MB",
+        12 * x.numel(),
+        8 * x.numel(),
+        {
+            "kernel": lambda: zsq.ops.fake_quant_act_running(x, *states[0], 4),
+            "reference": lambda: reference.fake_quant_act_running(x, *states[1], 4, 0.9, False),
+            "copy": lambda: spare.copy_(x),
+        },
+    )
+
+
+def clip_case(device: str) -> Case:
+    x, lo, hi = _activation(device)
+    x.requires_grad_()
+    g, spare = torch.randn_like(x), torch.empty_like(x)
+    return Case(
+        "activation fake quantization, clip estimator, forward + backward, 52 MB",
+        int(16.25 * x.numel()),
+        8 * x.numel(),
+        {
+            "kernel": gradients(lambda: zsq.ops.fake_quant_act(x, lo, hi, 4, ste="clip"), [x], g),
+            "aten": gradients(lambda: torch.fake_quantize_per_tensor_affine(x, 0.2, 0, 0, 15), [x], g),
+            "copy": lambda: spare.copy_(x.detach()),
+        },
+    )
+
+
+def bn_stats_case(device: str, channels_last: bool = False) -> Case:
+    x, *_ = _activation(device)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    spare, mean, var = torch.empty_like(x), torch.zeros(64, device=device), torch.ones(64, device=device)
+
+    def theirs(x: Tensor) -> Tensor:
+        return reference.bn_stats_match(x, mean, var)[0]
+
+    fast = torch.compile(theirs, fullgraph=True, dynamic=False)
+    return Case(
+        f"BN-statistics loss, forward + backward, 52 MB{', channels_last' if channels_last else ''}",
+        12 * x.numel(),
+        8 * x.numel(),
+        {
+            "kernel": gradients(lambda: zsq.ops.bn_stats_match(x, mean, var), [x]),
+            "reference": gradients(lambda: theirs(x), [x]),
+            "compile": gradients(lambda: fast(x), [x]),
+            "copy": lambda: spare.copy_(x.detach()),
+        },
+        {"reference": 12, "compile": 2.5},
+        {"reference": 18, "compile": 4},
+    )
+
+
+def bn_act_case(device: str, channels_last: bool = False) -> Case:
+    x, lo, hi = _activation(device)
+    x = torch.randn_like(x)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    g, spare = torch.randn_like(x), torch.empty_like(x)
+    norm = nn.BatchNorm2d(64).eval().to(device)
+    norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+    inputs = [x, norm.weight, norm.bias]
+
+    def chain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, eps=norm.eps)
+        return _Straight.apply(F.relu(y), lo, hi, 4)
+
+    def aten() -> Tensor:
+        y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        return torch.fake_quantize_per_tensor_affine(F.relu(y), 0.2, 0, 0, 15)
+
+    fast = torch.compile(chain, fullgraph=True, dynamic=False)
+    return Case(
+        f"BN + ReLU + fake quantization, forward + backward with affine gradients, 52 MB"
+        f"{', channels_last' if channels_last else ''}",
+        int(20.25 * x.numel()),
+        8 * x.numel(),
+        {
+            "kernel": gradients(lambda: zsq.ops.bn_act_fake_quant(x, norm, lo, hi, 4), inputs, g),
+            "reference": gradients(lambda: chain(*inputs), inputs, g),
+            "aten": gradients(aten, inputs, g),
+            "compile": gradients(lambda: fast(*inputs), inputs, g),
+            "copy": lambda: spare.copy_(x.detach()),
+        },
+        {"reference": 10, "aten": 10, "compile": 3},
+        {"reference": 16, "compile": 4.5},
+    )
+
+
+def learned_case(device: str) -> Case:
+    w = torch.randn(512, 512, 3, 3, device=device, requires_grad=True)
+    step = torch.full((512,), 0.3, device=device, requires_grad=True)
+    g, spare, zero = torch.randn_like(w), torch.empty_like(w), torch.zeros(512, device=device)
+    return Case(
+        "learned step sizes, forward + backward, 512x512x3x3",
+        20 * w.numel(),
+        8 * w.numel(),
+        {
+            "kernel": gradients(lambda: zsq.ops.fake_quant_learned(w, step, -8, 7), [w, step], g),
+            "aten": gradients(
+                lambda: torch._fake_quantize_learnable_per_channel_affine(w, step, zero, 0, -8, 7, 1.0), [w, step], g
+            ),
+            "copy": lambda: spare.copy_(w.detach()),
+        },
+    )
+
+
+def distillation_case(device: str) -> Case:
+    student, teacher = torch.randn(200, 10, device=device, requires_grad=True), torch.randn(200, 10, device=device)
+    target = torch.randint(0, 10, (200,), device=device)
+
+    def theirs() -> Tensor:
+        kd = F.kl_div(F.log_softmax(student / 20, 1), F.log_softmax(teacher / 20, 1), reduction="mean", log_target=True)
+        return 400 * kd + F.cross_entropy(student, target)
+
+    return Case(
+        "distillation + cross entropy, forward + backward, 200x10",
+        12 * student.numel(),
+        0,
+        {
+            "kernel": gradients(lambda: zsq.ops.distillation_loss(student, teacher, target)[0], [student]),
+            "reference": gradients(theirs, [student]),
+        },
+    )
+
+
+def alignment_case(device: str) -> Case:
+    student, teacher = (torch.randn(64, 64, 32, 32, device=device).requires_grad_(i == 0) for i in range(2))
+
+    def theirs() -> Tensor:
+        maps = (F.normalize(f.square().mean((2, 3)), dim=1) for f in (student, teacher))
+        return F.mse_loss(*maps)
+
+    return Case(
+        "channel attention alignment, forward + backward, 17 MB",
+        16 * student.numel(),
+        0,
+        {
+            "kernel": gradients(lambda: zsq.ops.feature_alignment(student, teacher), [student]),
+            "reference": gradients(theirs, [student]),
+        },
+    )
+
+
+def _inundation(name: str, weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> Case:
+    kappa = weights[0].new_zeros(len(weights))
+    changed = torch.zeros(len(weights), dtype=torch.int64, device=kappa.device)
+    start, start_momenta = [w.clone() for w in weights], [m.clone() for m in momenta]
+    options = dict(
+        lr=1e-4, momentum=0.9, nesterov=True, weight_decay=0.0, bits=4, threshold=1e-3, search_steps=5, capped=False
+    )
+
+    def restore() -> None:
+        torch._foreach_copy_(weights, start)
+        torch._foreach_copy_(momenta, start_momenta)
+
+    return Case(
+        name,
+        20 * sum(w.numel() for w in weights),
+        16 * sum(w.numel() for w in weights),
+        {
+            "kernel": lambda: zsq.ops.gi_sgd_(weights, grads, momenta, kappa, changed, **options),
+            "reference": lambda: reference.gi_sgd_(weights, grads, momenta, kappa, changed, **options),
+            "copy": restore,
+        },
+        {"reference": 25},
+        {"reference": 60},
+        restore,
+    )
+
+
+def inundation_case(device: str) -> Case:
+    w = torch.randn(512, 512, 3, 3, device=device) * 0.02
+    return _inundation(
+        "gradient inundation, 2.4 M weights in one tensor", [w], [torch.randn_like(w)], [torch.randn_like(w)]
+    )
+
+
+def network_inundation_case(device: str) -> Case:
+    """The inundation part of one AIT student step; gradients from a real step on a network with batch-norm statistics."""
+    torch.manual_seed(0)
+    teacher = ResNetCifar(shortcut="B").eval().to(device, memory_format=torch.channels_last)
+    student = zsq.convert(teacher, 4, 4, input_size=(3, 32, 32)).to(memory_format=torch.channels_last)
+    images = torch.randn(200, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    with torch.no_grad(), zsq.nn.calibrating(student):
+        for _ in range(200):
+            student(images[:20])
+    weights = list(zsq.nn.quantized_weights(student).values())
+    zsq.losses.kd_kl(student(images), teacher(images).detach()).backward()
+    grads = [w.grad for w in weights]
+    momenta = [0.9 * g for g in grads]
+    return _inundation("gradient inundation, ResNet-20, batch 200", [w.detach() for w in weights], grads, momenta)
+
+
+CASES: list[Callable[[str], Case]] = [
+    weight_case,
+    network_weights_case,
+    act_case,
+    running_case,
+    clip_case,
+    bn_stats_case,
+    lambda device: bn_stats_case(device, channels_last=True),
+    bn_act_case,
+    lambda device: bn_act_case(device, channels_last=True),
+    learned_case,
+    distillation_case,
+    alignment_case,
+    inundation_case,
+    network_inundation_case,
+]
+
+# Activations and weights of real networks at the batch sizes of the papers' settings.
+ACTIVATIONS = {
+    "ResNet-20, stage 1, batch 200": (200, 16, 32, 32),
+    "ResNet-20, stage 2, batch 200": (200, 32, 16, 16),
+    "ResNet-20, stage 3, batch 200": (200, 64, 8, 8),
+    "ResNet-18, stem, batch 16": (16, 64, 112, 112),
+    "ResNet-18, stage 1, batch 16": (16, 64, 56, 56),
+    "ResNet-18, stage 4, batch 16": (16, 512, 7, 7),
+    "ResNet-50, stage 1 wide, batch 16": (16, 256, 56, 56),
+    "ResNet-50, stage 3 wide, batch 16": (16, 1024, 14, 14),
+    "MobileNetV2, block 2 wide, batch 16": (16, 96, 112, 112),
+    "MobileNetV2, last, batch 16": (16, 1280, 7, 7),
+}
+
+
+def layer_cases(device: str) -> Iterator[Case]:
+    """Frozen-range activation quantization and BN + ReLU + quantization at the layer shapes of real networks."""
+    for name, shape in ACTIVATIONS.items():
+        x = torch.randn(shape, device=device)
+        spare, lo, hi = torch.empty_like(x), torch.tensor(0.0, device=device), torch.tensor(3.0, device=device)
+        norm = nn.BatchNorm2d(shape[1]).eval().to(device).requires_grad_(False)
+
+        def copy(spare: Tensor = spare, x: Tensor = x) -> Tensor:
+            return spare.copy_(x)
+
+        def act(x: Tensor = x, lo: Tensor = lo, hi: Tensor = hi) -> Tensor:
+            return zsq.ops.fake_quant_act(x, lo, hi, 4)
+
+        def act_reference(x: Tensor = x, lo: Tensor = lo, hi: Tensor = hi) -> Tensor:
+            return reference.fake_quant_act(x, lo, hi, 4)
+
+        def fused(x: Tensor = x, lo: Tensor = lo, hi: Tensor = hi, norm: nn.BatchNorm2d = norm) -> Tensor:
+            return zsq.ops.bn_act_fake_quant(x, norm, lo, hi, 4)
+
+        def chain(x: Tensor = x, lo: Tensor = lo, hi: Tensor = hi, norm: nn.BatchNorm2d = norm) -> Tensor:
+            return reference.fake_quant_act(F.relu(norm(x)), lo, hi, 4)
+
+        variants = {"kernel": act, "reference": act_reference, "copy": copy}
+        yield Case(f"activation quantization, {name}", 8 * x.numel(), 8 * x.numel(), variants)
+        variants = {"kernel": fused, "reference": chain, "copy": copy}
+        yield Case(f"BN + ReLU + quantization, {name}", int(8.125 * x.numel()), 8 * x.numel(), variants)
