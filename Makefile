@@ -6,6 +6,7 @@ TORCH ?= torch torchvision
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+GPU_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -58,14 +59,9 @@ bench: $(VENV)/.installed
 	$(PIP) install --quiet '.[bench]'
 	$(BIN)/pytest -q --import-mode=importlib -o pythonpath=. benchmarks/test_kernels.py $(BENCH_ARGS)
 
-# Needs a GPU with its driver, nvcc, cmake, and a $(PYTHON) that has a CUDA torch, setuptools 77, numpy, safetensors, rich, filelock,
-# pytest and hypothesis; no network. Builds for that GPU into .gpu/site and runs the tests from there, so that this tree does not shadow the build.
+# What it needs and does: benchmarks/gpu_check.py. GPU_ARGS="--device cpu" rehearses it without a GPU.
 gpu-check:
-	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'no GPU visible to torch'; print(torch.__version__, torch.cuda.get_device_name())"
-	rm -rf .gpu/site
-	ZSQ_REQUIRE_KERNELS=cpu,cuda $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --target .gpu/site .
-	cd .gpu/site && ZSQ_REQUIRE_KERNELS=cpu,cuda PYTHONPATH=$(CURDIR)/.gpu/site \
-	  $(PYTHON) -m pytest -c $(CURDIR)/pyproject.toml -m 'not install' $(TEST_ARGS) $(CURDIR)/tests
+	$(PYTHON) benchmarks/gpu_check.py $(GPU_ARGS)
 
 clean:
 	rm -rf build dist .gpu zsq_fast.egg-info zsq_fast/_C.*.so zsq_fast/_build_info.json .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,103 @@
+"""What holds of every operation: the same bits for any number of threads and from run to run; on a GPU also in a graph, on a side
+stream, without waiting for the device, and beyond 2^31 elements."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from every_op import EVERY_OP, inputs
+
+from zsq_fast import ops
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+NAMES = list(EVERY_OP)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_none_is_missing():
+    source = inspect.getsource(inspect.getmodule(inputs))
+    assert [
+        name for name in ops.__all__ if name not in ("backends", "release_memory") and f"ops.{name}(" not in source
+    ] == []
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_any_number_of_threads_gives_the_same_bits(name, dtype, channels_last):
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3, 7, 1):
+            torch.set_num_threads(n)
+            results.append(EVERY_OP[name](inputs("cpu", dtype, channels_last)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(equal(results[0], r) for r in results[1:])
+    assert all(t.isfinite().all() for t in results[0])
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_gpu_repeats_without_waiting_for_the_device(name, dtype):
+    first = EVERY_OP[name](inputs("cuda", dtype))
+    again = inputs("cuda", dtype)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = EVERY_OP[name](again)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert equal(first, second)
+
+
+@gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_gpu_graph_replays_what_eager_computes(name):
+    eager = EVERY_OP[name](inputs("cuda"))
+    static, start = inputs("cuda"), inputs("cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # also shows that a side stream is used
+        for _ in range(3):
+            EVERY_OP[name](static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = EVERY_OP[name](static)
+    for _ in range(2):
+        for key, value in start.items():
+            static[key].copy_(value)
+        graph.replay()
+        assert equal(eager, captured)
+
+
+@gpu
+def test_gpu_beyond_2_31_elements():
+    if torch.cuda.get_device_properties(0).total_memory < 40e9:
+        pytest.skip("needs 40 GB of GPU memory")
+    n = 2**31 + 4096 + 3
+    x = torch.zeros(n, dtype=torch.bfloat16, device="cuda")
+    x[-5:] = torch.tensor([0.1, 0.5, 1.0, 2.0, 9.0])
+    lo, hi = torch.zeros((), device="cuda"), torch.ones((), device="cuda")
+    tail = ops.fake_quant_act(x[-5:].clone(), lo, hi, 4)
+    assert torch.equal(ops.fake_quant_act(x, lo, hi, 4)[-5:], tail)
+    x.requires_grad_()
+    grad = torch.ones_like(x)
+    (got,) = torch.autograd.grad(ops.fake_quant_act(x, lo, hi, 4, ste="clip"), x, grad)
+    assert got[-5:].tolist() == [1, 1, 1, 0, 0] and got[:-5].min() == 1
+
+
+@gpu
+def test_gpu_other_device_is_made_current():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    here, there = (EVERY_OP["bn_act_fake_quant"](inputs(f"cuda:{i}")) for i in range(2))
+    assert torch.cuda.current_device() == 0 and all(t.device.index == 1 for t in there) and equal(here, there)
