@@ -116,7 +116,8 @@ def steps(device: str, results: Path) -> list[Step]:
 def run(step: Step, log: Path) -> dict[str, object]:
     """Runs the step in .gpu/site, where the build lies and no source tree hides it; its output goes to `log`."""
     where = ROOT if step.name == "build" else SITE
-    env = os.environ | {"PYTHONPATH": str(SITE), "PYTHONUNBUFFERED": "1"} | step.settings
+    paths = os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"} | step.settings
     started = time.monotonic()
     with log.open("w") as file:
         try:
