@@ -270,3 +270,24 @@ def test_training_through_the_layers(device):
     assert not student.training
     student(x).square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+
+
+def test_weights_quantized_together_change_nothing_but_the_number_of_calls(device):
+    student = zsq.convert(tiny().to(device), 3, 4, input_size=(3, 16, 16))
+    x = torch.randn(2, 3, 16, 16, device=device)
+    with zsq.nn.calibrating(student):
+        student(x)
+    zsq.nn.freeze_ranges(student)
+    weights = list(zsq.nn.quantized_weights(student).values())
+    want = student(x)
+    want_grads = torch.autograd.grad(want.square().sum(), weights)
+    with zsq.nn.weights_quantized_together(student):
+        got = student(x)
+    assert torch.equal(got, want)
+    for a, b in zip(torch.autograd.grad(got.square().sum(), weights), want_grads, strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="inside"), zsq.nn.weights_quantized_together(student):
+        weights[0].neg_()
+        assert torch.equal(student(x), want)  # quantized on entry
+        raise RuntimeError("inside")
+    assert not torch.equal(student(x), want) and not [m for m in student.modules() if "_quantized_weight" in m.__dict__]

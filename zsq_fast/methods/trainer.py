@@ -164,7 +164,8 @@ class Trainer:
 
     def _student_step(self, batch: Batch) -> None:
         spec = self.recipe.student
-        logits = self.student(batch.images)
+        with znn.weights_quantized_together(self.student):
+            logits = self.student(batch.images)
         loss = logits.new_zeros(())
         if spec.kd_weight:
             loss = loss + spec.kd_weight * kd_kl(logits, batch.teacher_logits, spec.temperature, spec.kd_reduction)

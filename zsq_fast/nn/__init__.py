@@ -11,7 +11,7 @@ from zsq_fast.nn.conversion import (
     quantized_weights,
     summarize,
 )
-from zsq_fast.nn.layers import QuantAct, QuantConv2d, QuantLinear
+from zsq_fast.nn.layers import QuantAct, QuantConv2d, QuantLinear, weights_quantized_together
 from zsq_fast.nn.taps import BNStatsTap, usable_batch_norms
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "quantized_weights",
     "summarize",
     "usable_batch_norms",
+    "weights_quantized_together",
 ]

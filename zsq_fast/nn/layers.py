@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,7 +38,7 @@ class QuantConv2d(nn.Conv2d):
         return _from_float(cls, nn.Conv2d, conv, weight_bits)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, ops.fake_quant_weight(self.weight, self.weight_bits), self.bias)
+        return self._conv_forward(input, _quantized_weight(self), self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
@@ -54,10 +57,40 @@ class QuantLinear(nn.Linear):
         return _from_float(cls, nn.Linear, linear, weight_bits)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, ops.fake_quant_weight(self.weight, self.weight_bits), self.bias)
+        return F.linear(input, _quantized_weight(self), self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
+
+
+def _quantized_weight(layer: QuantConv2d | QuantLinear) -> Tensor:
+    ready: Tensor | None = layer.__dict__.get(_READY)
+    return ops.fake_quant_weight(layer.weight, layer.weight_bits) if ready is None else ready
+
+
+_READY = "_quantized_weight"  # in the instance's dictionary, past nn.Module's own bookkeeping
+
+
+@contextmanager
+def weights_quantized_together(model: nn.Module) -> Iterator[None]:
+    """Quantize all weights of the model on entry, in one call, for the forward passes inside.
+
+    Values and gradients are those of the layers quantizing one by one. A weight must not change in between.
+    """
+    groups: dict[Any, list[QuantConv2d | QuantLinear]] = defaultdict(list)
+    for layer in model.modules():
+        if isinstance(layer, QuantConv2d | QuantLinear):
+            groups[layer.weight_bits, layer.weight.dtype, layer.weight.device].append(layer)
+    try:
+        for (bits, *_), layers in groups.items():
+            ready = ops.fake_quant_weights([layer.weight for layer in layers], bits)
+            for layer, weight in zip(layers, ready, strict=True):
+                layer.__dict__[_READY] = weight
+        yield
+    finally:
+        for layers in groups.values():
+            for layer in layers:
+                layer.__dict__.pop(_READY, None)
 
 
 def _from_float(cls: type[nn.Module], base: type[nn.Module], layer: nn.Module, weight_bits: int) -> Any:
