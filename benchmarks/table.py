@@ -115,6 +115,32 @@ def performance() -> str:
     return "\n\n".join(parts)
 
 
+def resources() -> str:
+    """The float32 kernels with 16-byte accesses; the record holds all types and paths."""
+    path, record = _load("cuda_resources_*.json")[0]
+    kernels = record["kernels"]
+    shown = [k for k in kernels if "<" not in k["kernel"] or re.search(r"<float, (?!1\b)", k["kernel"])]
+    lines = [
+        "### CUDA kernels, as compiled",
+        "",
+        f"[Record](../benchmarks/results/{path.name}), {record['arch']}, {record['nvcc'].strip()}: {len(kernels)} kernels, "
+        f"{sum(k['spill_bytes'] for k in kernels)} bytes spilled, {sum(k['local_accesses'] for k in kernels)} accesses to local memory. Below those "
+        "for float32; the predicted share of copy bandwidth counts 16-byte loads under way (`benchmarks/resources.py`) and says nothing of "
+        "kernels that compute more than they move. None of this ran on a GPU yet.",
+        "",
+        "| source | kernel | registers | resident warps | 16-byte accesses | narrower | predicted share of copy |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for k in shown:
+        wide, narrow = (k[f"loads_{size}"] + k[f"stores_{size}"] for size in ("16_bytes", "narrower"))
+        share = k["predicted_share_of_copy"]
+        lines.append(
+            f"| {k['source']} | `{k['kernel']}` | {k['registers']} | {k['resident_warps']} | {wide} | {narrow} | "
+            f"{'' if share is None else f'{share * 100:.0f} %'} |"
+        )
+    return "\n".join(lines)
+
+
 def draw(path: Path) -> None:
     """Bars of the gated cases on a logarithmic axis, each with a mark at its gate."""
     import matplotlib
@@ -169,7 +195,7 @@ def demo() -> str:
 
 PAGES = {
     ROOT / "README.md": lambda: (accuracy(), demo(), kernels()),
-    ROOT / "docs" / "performance.md": lambda: (performance(),),
+    ROOT / "docs" / "performance.md": lambda: (performance(), resources()),
 }
 
 
