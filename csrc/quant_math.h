@@ -105,17 +105,11 @@ template <class T>
 ZSQ_HD T learned_value(T x, T step, T code_min, T code_max) {
   return mul(clamp_code(round_even(quot(x, step)), code_min, code_max), step);
 }
-// d(value)/d(step), and whether the gradient of x passes.
+// d(value)/d(step) from position = x / step and code = clamp_code(position); the gradient of x passes where the two are
+// equal, which a NaN is not.
 template <class T>
-struct LearnedSlope {
-  T step;
-  bool inside;
-};
-template <class T>
-ZSQ_HD LearnedSlope<T> learned_slope(T x, T step, T code_min, T code_max) {
-  const T position = quot(x, step), code = clamp_code(position, code_min, code_max);
-  const bool inside = code == position;  // false for NaN
-  return {inside ? sub(round_even(position), position) : code, inside};
+ZSQ_HD T learned_slope(T position, T code) {
+  return code == position ? sub(round_even(position), position) : code;
 }
 
 // Gradient inundation (AIT section 7.2): one bisection path over kappa, replayed from counts by CPU and CUDA alike.

@@ -71,9 +71,9 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const BackwardArgs<T
         if (i + k * G >= end / V) break;
         Wide<T> some = 0;
         ZSQ_UNROLL for (int u = 0; u < V; ++u) {
-          const LearnedSlope<Wide<T>> slope = learned_slope(widen(p[k].v[u]), s, a.code_min, a.code_max);
-          some = add(some, mul(widen(g[k].v[u]), slope.step));
-          if (!slope.inside) g[k].v[u] = T{};
+          const Wide<T> position = quot(widen(p[k].v[u]), s), code = clamp_code(position, a.code_min, a.code_max);
+          some = add(some, mul(widen(g[k].v[u]), learned_slope(position, code)));
+          if (code != position) g[k].v[u] = T{};
         }
         out[i + k * G] = g[k];
         sum[0] += static_cast<double>(some);

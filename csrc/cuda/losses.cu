@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(kThreads) distillation_kernel(const Distillati
   W k_q = 0, k_p = 0, k_e = 0, centre = 0;
   int64_t y = -1;
   if (a.teacher) {
-    const double mean = z[2] / z[1], unit = a.o.kd_weight * a.o.temperature / (a.o.batchmean ? batch : batch * n);
+    const double mean = (z[2] + 0 * z[0]) / z[1],
+                 unit = a.o.kd_weight * a.o.temperature / (a.o.batchmean ? batch : batch * n);
     kd = mean + (log(z[0]) - log(z[1]));
     k_q = W(unit / z[0]), k_p = W(unit / z[1]), centre = W(mean);
   }

@@ -47,7 +47,7 @@ def distillation_loss(
 
 def _map(features: Tensor, kind: str) -> Tensor:
     """Mean squares: per sample and channel (HAST eq. 12), or per sample and position (Zagoruyko and Komodakis, 2017)."""
-    squares = wide(features).flatten(2).square()
+    squares = wide(features).unsqueeze(-1).flatten(2).square()
     return {
         "channel": lambda: squares.mean(2),
         "spatial": lambda: squares.mean(1),
