@@ -47,7 +47,11 @@ def check(student, teacher, target, **options) -> None:
     for a, b in zip(got[3:], want[3:], strict=True):
         assert a.shape == b.shape
         if b.numel():
-            unit = full["temperature"] * abs(full["kd"]) / (student.shape[0] * (1 if full["batchmean"] else student.shape[1]))
+            unit = (
+                full["temperature"]
+                * abs(full["kd"])
+                / (student.shape[0] * (1 if full["batchmean"] else student.shape[1]))
+            )
             size = b.abs().max().item() + unit + abs(full["ce"]) / student.shape[0]
             eps = {torch.bfloat16: 4e-3, torch.float16: 5e-4}.get(student.dtype, 0.0)
             least = 6e-8 if student.dtype is torch.float16 else 0.0
@@ -81,15 +85,20 @@ def test_public_function(device):
 
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True), (False, False)])
 def test_gradients_of_both(wants, device):
-    s, t = torch.randn(6, 10, device=device, dtype=torch.float64), torch.randn(6, 10, device=device, dtype=torch.float64)
+    s, t = (
+        torch.randn(6, 10, device=device, dtype=torch.float64),
+        torch.randn(6, 10, device=device, dtype=torch.float64),
+    )
     s.requires_grad_(wants[0]), t.requires_grad_(wants[1])
     y = torch.randint(0, 10, (6,), device=device)
     loss, kd, ce = ops.distillation_loss(s, t, y, temperature=2.0, gamma=1.5)
     assert loss.requires_grad == any(wants) and not kd.requires_grad and not ce.requires_grad
     inputs = [x for x in (s, t) if x.requires_grad]
     if inputs:
+
         def f(*_):
             return ops.distillation_loss(s, t, y, temperature=2.0, gamma=1.5)[0] * 3
+
         assert torch.autograd.gradcheck(f, inputs)
 
 
@@ -166,7 +175,16 @@ def test_sweep_of_distillation(batch, classes, size, gamma, temperature, dtype, 
 
 # ---- feature alignment -------------------------------------------------------------------------------------------------
 
-FEATURES = [(3, 5, 4, 4), (2, 64, 7, 7), (4, 9), (2, 3, 11), (2, 3, 2, 3, 4), (1, 1, 1, 1), (3, 300, 2, 2), (2, 16, 33, 40)]
+FEATURES = [
+    (3, 5, 4, 4),
+    (2, 64, 7, 7),
+    (4, 9),
+    (2, 3, 11),
+    (2, 3, 2, 3, 4),
+    (1, 1, 1, 1),
+    (3, 300, 2, 2),
+    (2, 16, 33, 40),
+]
 
 
 @pytest.mark.parametrize("shape", FEATURES)
@@ -314,7 +332,10 @@ def test_bits_do_not_depend_on_threads():
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             results = [*distil(s, t, y, gamma=1.0)]
-            for features in ((a, b), (a.to(memory_format=torch.channels_last), b.to(memory_format=torch.channels_last))):
+            for features in (
+                (a, b),
+                (a.to(memory_format=torch.channels_last), b.to(memory_format=torch.channels_last)),
+            ):
                 for kind in KINDS:
                     out = zsq.feature_alignment(*features, kind)
                     results += [*out, *zsq.feature_alignment_backward(out[0], *features, *out[1:], kind, True)]
