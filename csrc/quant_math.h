@@ -95,6 +95,23 @@ ZSQ_HD T track(T state, T seen, T beta_before, T beta_t, T decay, bool plain) {
   return quot(add(mul(decay, kept), mul(sub(T(1), decay), seen)), sub(T(1), beta_t));
 }
 
+// Learned step sizes (LSQ, Esser et al. 2020, eq. 1 to 3). NaN passes, as in `encode`.
+template <class T>
+ZSQ_HD T clamp_code(T x, T code_min, T code_max) {
+  const T above = code_min > x ? code_min : x;
+  return code_max < above ? code_max : above;
+}
+template <class T>
+ZSQ_HD T learned_value(T x, T step, T code_min, T code_max) {
+  return mul(clamp_code(round_even(quot(x, step)), code_min, code_max), step);
+}
+// d(value)/d(step) from position = x / step and code = clamp_code(position); the gradient of x passes where the two are
+// equal, which a NaN is not.
+template <class T>
+ZSQ_HD T learned_slope(T position, T code) {
+  return code == position ? sub(round_even(position), position) : code;
+}
+
 // Gradient inundation (AIT section 7.2): one bisection path over kappa, replayed from counts by CPU and CUDA alike.
 constexpr int kGiMaxDoublings = 30;  // kappa <= 2^30: a tensor that never reaches the threshold falls back to kappa = 1
 constexpr int kGiCappedDoublings = 7;  // "capped" stops doubling at 128, the first power of two above 100

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zsq_fast.errors import UsageError
-from zsq_fast.ops import bn_stats_match
+from zsq_fast.ops import bn_stats_match, distillation_loss, feature_alignment
 
 __all__ = ["bn_stats_match", "channel_attention", "hard_sample_ce", "kd_kl"]
 
@@ -21,10 +19,7 @@ def kd_kl(student: Tensor, teacher: Tensor, temperature: float = 20.0, reduction
     """
     if reduction not in ("mean", "batchmean"):
         raise UsageError(f"kd_kl: reduction must be 'mean' or 'batchmean', got {reduction!r}")
-    log_q = F.log_softmax(student / temperature, dim=1)
-    log_p = F.log_softmax(teacher / temperature, dim=1)
-    total = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-    return temperature**2 * total / (student.numel() if reduction == "mean" else student.shape[0])
+    return distillation_loss(student, teacher, temperature=temperature, reduction=reduction)[0]
 
 
 def channel_attention(student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
@@ -33,8 +28,7 @@ def channel_attention(student_feat: Tensor, teacher_feat: Tensor) -> Tensor:
     Args:
         student_feat, teacher_feat: `[N, C, H, W]`; the energy of a channel is the spatial mean of its squares.
     """
-    student, teacher = (F.normalize(f.square().mean((2, 3)), dim=1) for f in (student_feat, teacher_feat))
-    return F.mse_loss(student, teacher)
+    return feature_alignment(student_feat, teacher_feat, "channel")
 
 
 def hard_sample_ce(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
@@ -46,6 +40,4 @@ def hard_sample_ce(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
         logits: `[B, C]`.
         target: class indices `[B]`.
     """
-    log_p = F.log_softmax(logits, dim=1).gather(1, target.long().view(-1, 1)).squeeze(1)
-    difficulty = torch.clamp(-torch.expm1(log_p), min=1e-6)
-    return (difficulty**gamma * -log_p).mean()
+    return distillation_loss(logits, target=target.long(), gamma=gamma)[0]

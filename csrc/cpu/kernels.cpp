@@ -9,6 +9,8 @@
 #include <new>
 #include <utility>
 
+#include "../loss_math.h"
+
 namespace zsq::cpu::ZSQ_ISA {
 namespace {
 constexpr int64_t kGrain = 32768;  // elements below which a second thread costs more than it gives

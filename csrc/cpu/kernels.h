@@ -49,9 +49,11 @@ struct LearnedStepKernels {
 
 template <class T>
 struct LossKernels {
-  // student, teacher, grad: [batch, classes]; teacher or target may be null; loss, kd, ce: [].
+  // student, teacher, grad, grad_teacher: [batch, classes]; teacher, target and grad_teacher may be null; loss, kd,
+  // ce: []. Targets must lie in range.
   void (*distillation)(const T* student, const T* teacher, const int64_t* target, const DistillationOptions&,
-                       Wide<T>* loss, Wide<T>* kd, Wide<T>* ce, T* grad, int64_t batch, int64_t classes, int threads);
+                       Wide<T>* loss, Wide<T>* kd, Wide<T>* ce, T* grad, T* grad_teacher, int64_t batch,
+                       int64_t classes, int threads);
   // student_map, teacher_map: mean squares [N,C] (channel), [N,S] (spatial), unused (direct).
   void (*alignment)(const T* student, const T* teacher, Alignment, Wide<T>* loss, Wide<T>* student_map,
                     Wide<T>* teacher_map, Plane, int threads);

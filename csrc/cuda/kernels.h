@@ -82,12 +82,13 @@ size_t bn_act_backward_workspace(const Plane& shape, size_t element_size);
 template <class T>
 cudaError_t bn_act_backward(const BnActBackwardArgs<T>& args, void* workspace, cudaStream_t stream);
 
-// student, teacher, grad: [batch, classes]; teacher or target may be null; loss, kd, ce: [1].
+// student, teacher, grad, grad_teacher: [batch, classes]; teacher, target and grad_teacher may be null; loss, kd, ce:
+// [1]. A target out of range makes the loss NaN.
 size_t distillation_loss_workspace(int64_t batch);
 template <class T>
 cudaError_t distillation_loss(const T* student, const T* teacher, const int64_t* target,
                               const DistillationOptions& options, Wide<T>* loss, Wide<T>* kd, Wide<T>* ce, T* grad,
-                              int64_t batch, int64_t classes, void* workspace, cudaStream_t stream);
+                              T* grad_teacher, int64_t batch, int64_t classes, void* workspace, cudaStream_t stream);
 // student_map, teacher_map: mean squares [N,C] (channel), [N,S] (spatial), unused (direct).
 size_t feature_alignment_workspace(const Plane& shape, Alignment kind, size_t element_size);
 template <class T>

@@ -39,6 +39,11 @@ inline void check_like(const char* op, const char* arg, const Tensor& t, const c
                     "), got ", t.device());
 }
 
+inline void check_shape(const char* op, const char* arg, const Tensor& t, const char* main, const Tensor& x) {
+  TORCH_CHECK_VALUE(t.sizes() == x.sizes(), op, ": ", arg, " must have the shape of ", main, " (", x.sizes(), "), got ",
+                    t.sizes());
+}
+
 // `t` holds parameters or states of `x`: on its device, in its arithmetic type.
 inline void check_param(const char* op, const char* arg, const Tensor& t, const char* main, const Tensor& x) {
   TORCH_CHECK_TYPE(t.scalar_type() == wide_type(x), op, ": ", arg, " must be ", wide_type(x), " for ", main, " of ",

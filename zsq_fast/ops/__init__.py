@@ -246,20 +246,23 @@ def distillation_loss(
     """Distillation and (hard-sample) cross entropy with their gradient, from one read of the logits.
 
     Args:
-        student, teacher: logits `[B, C]`; without a teacher the distillation term is 0.
-        target: class indices `[B]` int64; without one the cross entropy is 0.
+        student, teacher: logits `[B, C]`; without a teacher the distillation term is 0. A logit that is not finite makes the
+            loss and its row's gradient NaN.
+        target: class indices `[B]` int64; without one the cross entropy is 0. An index out of range is a `ValueError` on the
+            CPU and makes the loss and its row's gradient NaN on CUDA, where the host does not look.
         temperature: T of `T^2 * KL(softmax(teacher/T) || softmax(student/T))` (ait_family.md section 7).
         reduction: of the distillation term: "mean" divides by B*C, "batchmean" by B.
         kd_weight, ce_weight: factors of the two terms in the loss.
         gamma: exponent of HAST eq. 8, `(1 - p)^gamma * CE` with 1 - p at least 1e-6; 0 is plain cross entropy.
 
     Returns:
-        loss (its gradient goes to the student only), distillation term, cross-entropy term (for the record, no gradient).
+        loss, with gradients for the student and, if it wants one, the teacher (first derivatives only); distillation term and
+        cross-entropy term, constants for the record.
     """
     if reduction not in ("mean", "batchmean"):
         raise UsageError(f"distillation_loss: reduction must be 'mean' or 'batchmean', got {reduction!r}")
-    loss, kd, ce, _ = _distillation_loss(
-        student, teacher, target, temperature, reduction == "batchmean", kd_weight, ce_weight, gamma
+    loss, kd, ce, _, _ = _distillation_loss(
+        student, teacher, target, temperature, reduction == "batchmean", kd_weight, ce_weight, gamma, False
     )
     return loss, kd, ce
 
@@ -276,7 +279,10 @@ def feature_alignment(student: Tensor, teacher: Tensor, kind: str = "channel") -
 
 
 def sign_perturb(x: Tensor, grad: Tensor, epsilon: float) -> Tensor:
-    """`x + epsilon * sign(grad)`, the sample made harder in one step (HAST section 3.3); no gradient."""
+    """`x + epsilon * sign(grad)`, the sample made harder in one step (HAST section 3.3).
+
+    The gradient passes to x unchanged; none goes to `grad`, whose sign is piecewise constant. NaN in `grad` gives NaN.
+    """
     return _sign_perturb(x, grad, epsilon)
 
 

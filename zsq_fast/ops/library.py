@@ -61,8 +61,10 @@ def _fakes() -> dict[str, Callable[..., Any]]:
         of_channels = [mean.new_empty(mean.shape if affine else 0) for _ in range(2)]
         return torch.empty_like(x), torch.empty_like(x) if residual else x.new_empty(0), *of_channels
 
-    def distillation(student: Tensor, *_: Any) -> tuple[Tensor, ...]:
-        return *(student.new_empty((), dtype=wide(student)) for _ in range(3)), student.new_empty(student.shape)
+    def distillation(student: Tensor, teacher: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+        both = options[-1] and teacher is not None
+        scalars = (student.new_empty((), dtype=wide(student)) for _ in range(3))
+        return *scalars, student.new_empty(student.shape), student.new_empty(student.shape if both else 0)
 
     def alignment(student: Tensor, teacher: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
         n, c = student.shape[:2]

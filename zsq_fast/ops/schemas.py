@@ -37,7 +37,7 @@ SCHEMAS = (
     " -> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
     # losses
     "distillation_loss(Tensor student, Tensor? teacher, Tensor? target, float temperature, bool batchmean, float kd_weight,"
-    " float ce_weight, float gamma) -> (Tensor loss, Tensor kd, Tensor ce, Tensor grad)",
+    " float ce_weight, float gamma, bool both) -> (Tensor loss, Tensor kd, Tensor ce, Tensor grad, Tensor grad_teacher)",
     "feature_alignment(Tensor student, Tensor teacher, str kind) -> (Tensor loss, Tensor student_map, Tensor teacher_map)",
     "feature_alignment_backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor student_map, Tensor teacher_map,"
     " str kind, bool both) -> (Tensor grad_student, Tensor grad_teacher)",

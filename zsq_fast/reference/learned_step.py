@@ -27,5 +27,5 @@ def fake_quant_learned_backward(
     inside = (position >= code_min) & (position <= code_max)
     slope = torch.where(inside, torch.round(position) - position, torch.clamp(position, code_min, code_max))
     total = (g.double() * slope.double()) * grad_factor
-    grad_step = total.flatten(1).sum(1) if step.numel() > 1 else total.sum().view(1)
+    grad_step = total.unsqueeze(-1).flatten(1).sum(1) if step.numel() > 1 else total.sum().view(1)
     return torch.where(inside, g, torch.zeros_like(g)).to(x.dtype), grad_step.to(step.dtype).view(step.shape)

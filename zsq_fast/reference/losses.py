@@ -18,18 +18,20 @@ def distillation_loss(
     kd_weight: float,
     ce_weight: float,
     gamma: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`kd_weight * kd + ce_weight * ce`, its two terms, and its gradient with respect to the student's logits.
+    both: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`kd_weight * kd + ce_weight * ce`, its two terms, its gradient for the student's logits and, if `both`, the teacher's.
 
     kd: T^2 * KL(softmax(teacher/T) || softmax(student/T)), divided by the batch, or by batch and classes (ait_family.md 7).
     ce: mean of (1 - p)^gamma * CE with 1 - p kept above 1e-6, the weight part of the graph (HAST eq. 8); gamma 0: plain CE.
     """
     logits = wide(student.detach()).requires_grad_()
+    soft = None if teacher is None else wide(teacher.detach()).requires_grad_()
     with torch.enable_grad():
         kd = ce = logits.new_zeros(())
-        if teacher is not None:
+        if soft is not None:
             log_q = F.log_softmax(logits / temperature, 1)
-            log_p = F.log_softmax(wide(teacher) / temperature, 1)
+            log_p = F.log_softmax(soft / temperature, 1)
             total = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
             kd = temperature**2 * total / (student.shape[0] if batchmean else student.numel())
         if target is not None:
@@ -37,13 +39,15 @@ def distillation_loss(
             difficulty = torch.clamp(-torch.expm1(log_p), min=1e-6)
             ce = ((difficulty**gamma if gamma else 1.0) * -log_p).mean()
         loss = kd_weight * kd + ce_weight * ce
-        (grad,) = torch.autograd.grad(loss, logits)
-    return loss.detach(), kd.detach(), ce.detach(), grad.to(student.dtype)
+        wanted = [logits, soft] if both and soft is not None else [logits]
+        grads = torch.autograd.grad(loss + 0 * logits.sum(), wanted)
+    grad, grad_teacher = (*grads, student.new_empty(0))[:2]
+    return loss.detach(), kd.detach(), ce.detach(), grad.to(student.dtype), grad_teacher.to(student.dtype)
 
 
 def _map(features: Tensor, kind: str) -> Tensor:
     """Mean squares: per sample and channel (HAST eq. 12), or per sample and position (Zagoruyko and Komodakis, 2017)."""
-    squares = wide(features).flatten(2).square()
+    squares = wide(features).unsqueeze(-1).flatten(2).square()
     return {
         "channel": lambda: squares.mean(2),
         "spatial": lambda: squares.mean(1),
@@ -71,5 +75,6 @@ def feature_alignment_backward(
 
 
 def sign_perturb(x: Tensor, grad: Tensor, epsilon: float) -> Tensor:
-    """`x + epsilon * sign(grad)` (HAST eq. 9, one fast-gradient-sign step)."""
-    return (wide(x) + epsilon * torch.sign(wide(grad))).to(x.dtype)
+    """`x + epsilon * sign(grad)` (HAST eq. 9, one fast-gradient-sign step); NaN in `grad` gives NaN."""
+    sign = torch.where(grad.isnan(), grad, torch.sign(grad))
+    return (wide(x) + epsilon * wide(sign)).to(x.dtype)
