@@ -75,6 +75,12 @@ ZSQ_HD T encode(T x, const Grid<T>& g) {
   const T above = g.code_min > q ? g.code_min : q;
   return g.code_max < above ? g.code_max : above;
 }
+// Whether `encode` leaves the code as it is. NaN is clamped in this sense.
+template <class T>
+ZSQ_HD bool not_clamped(T x, const Grid<T>& g) {
+  const T q = round_even(sub(mul(g.scale, x), g.zero_point));
+  return (q >= g.code_min) & (q <= g.code_max);
+}
 template <class T>
 ZSQ_HD T decode(T code, const Grid<T>& g) {
   return quot(add(code, g.zero_point), g.scale);

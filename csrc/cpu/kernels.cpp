@@ -2,9 +2,14 @@
 // bits. Loops are written over fixed-size lanes so that the compiler vectorises them without reordering any arithmetic.
 #include "kernels.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cfloat>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <new>
 #include <utility>

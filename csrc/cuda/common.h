@@ -1,6 +1,6 @@
 // What several kernel files share: 16-byte access, ranges that keep NaN, and the "last block finishes" pattern.
 #pragma once
-#include "../quant_math.h"
+#include "../number.h"
 #include "launch.h"
 
 namespace zsq::cuda {
@@ -76,6 +76,19 @@ __device__ __forceinline__ Range<T> block_range(Range<T> r) {
   r = part[0];
   ZSQ_UNROLL for (int i = 1; i < kWarps; ++i) r.merge(part[i]);
   return r;
+}
+
+// Which of `count` pieces of work this block belongs to, given the first block of each.
+__device__ __forceinline__ int piece_of_block(const int* first_block, int count) {
+  int lo = 0, hi = count - 1;
+  while (lo < hi) {
+    const int mid = (lo + hi + 1) / 2;
+    if (first_block[mid] <= static_cast<int>(blockIdx.x))
+      lo = mid;
+    else
+      hi = mid - 1;
+  }
+  return lo;
 }
 
 // True in every thread of the block that arrives last of `total`: all that the other blocks wrote before arriving is

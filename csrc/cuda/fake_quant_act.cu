@@ -1,6 +1,6 @@
 // Per-tensor activation fake quantization with the range in device memory (8 B per float), and with the running range:
 // one reduction (4 B per float) whose last block updates the range in place, then the same quantization. No host round
-// trip in either.
+// trip in either. The clipping gradient keeps a bit per element: a thread takes eight neighbours and their byte.
 #include "common.h"
 #include "kernels.h"
 
@@ -13,9 +13,9 @@ constexpr int kRangeBlocks = 1024;  // fixed, so that the workspace does not dep
 // Elements past the last whole access are the tail; the first threads of block 0 take one each.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 4)
-    quantize_kernel(const T* __restrict__ x, const T* __restrict__ lo, const T* __restrict__ hi, T* __restrict__ out,
-                    int64_t n, int bits) {
-  const Grid<T> g = make_grid(*lo, *hi, bits);
+    quantize_kernel(const T* __restrict__ x, const Wide<T>* __restrict__ lo, const Wide<T>* __restrict__ hi,
+                    T* __restrict__ out, int64_t n, int bits) {
+  const Grid<Wide<T>> g = make_grid(*lo, *hi, bits);
   const int64_t whole = n / V, tail = whole * V + threadIdx.x;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * (kThreads * kInFlight) + threadIdx.x;
   const Vec<T, V>* src = reinterpret_cast<const Vec<T, V>*>(x);
@@ -26,10 +26,68 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
   ZSQ_UNROLL for (int k = 0; k < kInFlight; ++k) {
     if (first + k * kThreads >= whole) break;
-    ZSQ_UNROLL for (int u = 0; u < V; ++u) p[k].v[u] = fake_quant(p[k].v[u], g);
+    ZSQ_UNROLL for (int u = 0; u < V; ++u) p[k].v[u] = narrow<T>(fake_quant(widen(p[k].v[u]), g));
     dst[first + k * kThreads] = p[k];
   }
-  if (blockIdx.x == 0 && tail < n) out[tail] = fake_quant(x[tail], g);
+  if (blockIdx.x == 0 && tail < n) out[tail] = narrow<T>(fake_quant(widen(x[tail]), g));
+}
+
+// f(v, i, live) for every eight neighbours v = from[8*i ..], which it changes on their way to `to`; `live` of them
+// exist. The same accesses under way for every type.
+template <class T>
+constexpr int kEights = 8 / static_cast<int>(sizeof(T));
+template <int V, class T, class F>
+__device__ __forceinline__ void each_eight(const T* __restrict__ from, T* __restrict__ to, int64_t n, F f) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * (kThreads * kEights<T>)+threadIdx.x;
+  Vec<T, V> p[kEights<T>][8 / V];
+  ZSQ_UNROLL for (int k = 0; k < kEights<T>; ++k) {
+    const int64_t at = 8 * (first + k * kThreads);
+    if (at + 8 > n) break;
+    ZSQ_UNROLL for (int u = 0; u < 8 / V; ++u) p[k][u] = reinterpret_cast<const Vec<T, V>*>(from + at)[u];
+  }
+  ZSQ_UNROLL for (int k = 0; k < kEights<T>; ++k) {
+    const int64_t i = first + k * kThreads, at = 8 * i;
+    if (at >= n) break;
+    T v[8];
+    if (at + 8 <= n) {
+      ZSQ_UNROLL for (int u = 0; u < 8; ++u) v[u] = p[k][u / V].v[u % V];
+      f(v, i, 8);
+      ZSQ_UNROLL for (int u = 0; u < 8; ++u) p[k][u / V].v[u % V] = v[u];
+      ZSQ_UNROLL for (int u = 0; u < 8 / V; ++u) reinterpret_cast<Vec<T, V>*>(to + at)[u] = p[k][u];
+    } else {
+      const int live = static_cast<int>(n - at);
+      ZSQ_UNROLL for (int u = 0; u < 8; ++u) v[u] = u < live ? from[at + u] : T{};
+      f(v, i, live);
+      ZSQ_UNROLL for (int u = 0; u < 8; ++u) {
+        if (u < live) to[at + u] = v[u];
+      }
+    }
+  }
+}
+
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads)
+    clip_kernel(const T* __restrict__ x, const Wide<T>* __restrict__ lo, const Wide<T>* __restrict__ hi,
+                T* __restrict__ out, uint8_t* __restrict__ mask, int64_t n, int bits) {
+  const Grid<Wide<T>> g = make_grid(*lo, *hi, bits);
+  each_eight<V>(x, out, n, [&](T(&v)[8], int64_t i, int live) {
+    unsigned keep = 0;
+    ZSQ_UNROLL for (int u = 0; u < 8; ++u) {
+      const Wide<T> value = widen(v[u]);
+      keep |= static_cast<unsigned>(u < live && not_clamped(value, g)) << u;
+      v[u] = narrow<T>(fake_quant(value, g));
+    }
+    mask[i] = static_cast<uint8_t>(keep);
+  });
+}
+
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads)
+    masked_kernel(const T* __restrict__ grad, const uint8_t* __restrict__ mask, T* __restrict__ out, int64_t n) {
+  each_eight<V>(grad, out, n, [&](T(&v)[8], int64_t i, int) {
+    const unsigned keep = mask[i];
+    ZSQ_UNROLL for (int u = 0; u < 8; ++u) v[u] = keep >> u & 1 ? v[u] : T{};
+  });
 }
 
 template <class T>
@@ -47,20 +105,21 @@ struct RunningRange {
 
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
-    running_range_kernel(const T* __restrict__ x, int64_t n, RunningRange<T> state, T* part, unsigned* ticket) {
+    running_range_kernel(const T* __restrict__ x, int64_t n, RunningRange<Wide<T>> state, Wide<T>* part,
+                         unsigned* ticket) {
   const int64_t whole = n / V, tail = whole * V + threadIdx.x, stride = static_cast<int64_t>(gridDim.x) * kThreads;
   const Vec<T, V>* src = reinterpret_cast<const Vec<T, V>*>(x);
-  Range<T> r = empty_range<T>();
+  Range<Wide<T>> r = empty_range<Wide<T>>();
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < whole; i += stride * kInFlight) {
     Vec<T, V> p[kInFlight];
     ZSQ_UNROLL for (int k = 0; k < kInFlight; ++k) p[k] = src[i + k * stride < whole ? i + k * stride : i];
-    ZSQ_UNROLL for (int k = 0; k < kInFlight; ++k) { ZSQ_UNROLL for (int u = 0; u < V; ++u) r.see(p[k].v[u]); }
+    ZSQ_UNROLL for (int k = 0; k < kInFlight; ++k) { ZSQ_UNROLL for (int u = 0; u < V; ++u) r.see(widen(p[k].v[u])); }
   }
-  if (blockIdx.x == 0 && tail < n) r.see(x[tail]);
+  if (blockIdx.x == 0 && tail < n) r.see(widen(x[tail]));
   r = block_range(r);
   if (threadIdx.x == 0) part[2 * blockIdx.x] = r.lo, part[2 * blockIdx.x + 1] = r.hi;
   if (!arrive_last(ticket, gridDim.x)) return;
-  r = empty_range<T>();
+  r = empty_range<Wide<T>>();
   for (unsigned b = threadIdx.x; b < gridDim.x; b += kThreads)
     r.merge({__ldcg(part + 2 * b), __ldcg(part + 2 * b + 1)});
   r = block_range(r);
@@ -79,30 +138,52 @@ cudaError_t fake_quant_act(const T* x, const Wide<T>* lo, const Wide<T>* hi, T* 
   return launch({blocks, kThreads, 0, stream}, kernel, x, lo, hi, out, n, bits);
 }
 
-size_t fake_quant_act_running_workspace(size_t element_size) { return 16 + 2 * kRangeBlocks * element_size; }
+template <class T>
+cudaError_t fake_quant_act_clip(const T* x, const Wide<T>* lo, const Wide<T>* hi, T* out, uint8_t* mask, int64_t n,
+                                int bits, cudaStream_t stream) {
+  if (n == 0) return cudaSuccess;
+  const auto kernel = aligned(x) && aligned(out) ? clip_kernel<T, kVec<T>> : clip_kernel<T, 1>;
+  return launch({ceil_div(n, 8 * kThreads * kEights<T>), kThreads, 0, stream}, kernel, x, lo, hi, out, mask, n, bits);
+}
+
+template <class T>
+cudaError_t masked(const T* grad, const uint8_t* mask, T* out, int64_t n, cudaStream_t stream) {
+  if (n == 0) return cudaSuccess;
+  const auto kernel = aligned(grad) && aligned(out) ? masked_kernel<T, kVec<T>> : masked_kernel<T, 1>;
+  return launch({ceil_div(n, 8 * kThreads * kEights<T>), kThreads, 0, stream}, kernel, grad, mask, out, n);
+}
+
+size_t fake_quant_act_running_workspace(size_t element_size) {
+  return 16 + 2 * kRangeBlocks * (element_size == 8 ? sizeof(double) : sizeof(float));
+}
 
 template <class T>
 cudaError_t fake_quant_act_running(const T* x, Wide<T>* lo, Wide<T>* hi, Wide<T>* beta_t, T* out, int64_t n, int bits,
                                    double decay, bool plain, void* workspace, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
   unsigned* ticket = static_cast<unsigned*>(workspace);
-  T* part = reinterpret_cast<T*>(static_cast<char*>(workspace) + 16);
+  Wide<T>* part = reinterpret_cast<Wide<T>*>(static_cast<char*>(workspace) + 16);
   const cudaError_t cleared = cudaMemsetAsync(ticket, 0, sizeof *ticket, stream);
   if (cleared != cudaSuccess) return cleared;
   const bool vec = aligned(x);
   const int64_t wanted = ceil_div(n, kThreads * kInFlight * (vec ? kVec<T> : 1));
-  const RunningRange<T> state{lo, hi, beta_t, T(decay), plain};
+  const RunningRange<Wide<T>> state{lo, hi, beta_t, Wide<T>(decay), plain};
   const auto kernel = vec ? running_range_kernel<T, kVec<T>> : running_range_kernel<T, 1>;
   const cudaError_t ranged =
       launch({wanted < kRangeBlocks ? wanted : kRangeBlocks, kThreads, 0, stream}, kernel, x, n, state, part, ticket);
   return ranged != cudaSuccess ? ranged : fake_quant_act<T>(x, lo, hi, out, n, bits, stream);
 }
 
-#define ZSQ_INSTANTIATE(T)                                                                                    \
-  template cudaError_t fake_quant_act<T>(const T*, const T*, const T*, T*, int64_t, int, cudaStream_t);       \
-  template cudaError_t fake_quant_act_running<T>(const T*, T*, T*, T*, T*, int64_t, int, double, bool, void*, \
-                                                 cudaStream_t);
+#define ZSQ_INSTANTIATE(T)                                                                                          \
+  template cudaError_t fake_quant_act<T>(const T*, const Wide<T>*, const Wide<T>*, T*, int64_t, int, cudaStream_t); \
+  template cudaError_t fake_quant_act_clip<T>(const T*, const Wide<T>*, const Wide<T>*, T*, uint8_t*, int64_t, int, \
+                                              cudaStream_t);                                                        \
+  template cudaError_t masked<T>(const T*, const uint8_t*, T*, int64_t, cudaStream_t);                              \
+  template cudaError_t fake_quant_act_running<T>(const T*, Wide<T>*, Wide<T>*, Wide<T>*, T*, int64_t, int, double,  \
+                                                 bool, void*, cudaStream_t);
 ZSQ_INSTANTIATE(float)
 ZSQ_INSTANTIATE(double)
+ZSQ_INSTANTIATE(Bf16)
+ZSQ_INSTANTIATE(Half)
 
 }  // namespace zsq::cuda

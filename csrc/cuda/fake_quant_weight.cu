@@ -1,7 +1,7 @@
 // Per-output-channel weight fake quantization: the range of a row and its quantize-dequantize in one kernel, so that
-// every element is read once and written once (8 B per float). Short rows live in registers, four or 32 lanes to a row;
-// longer rows take a block and live in shared memory; rows that do not fit there are read twice (the second time mostly
-// from L2).
+// every element is read once and written once (8 B per float), for one tensor or for all of a network. Short rows live
+// in registers, four or 32 lanes to a row; longer rows take a block and live in shared memory; rows that do not fit
+// there are read twice (the second time mostly from L2).
 #include "common.h"
 #include "kernels.h"
 
@@ -10,133 +10,241 @@ namespace {
 
 constexpr int64_t kTileBytes = 44 << 10;  // leaves room for the static part within the 48 KiB that need no opt-in
 
-template <class T>
-struct RowOutput {
-  T* values;   // [rows, cols]
-  T* scale;    // [rows], codes only
-  T* lo_code;  // [rows], codes only
+constexpr int kTensors = 120;  // per launch: their table is a kernel argument, at most 4 KB
+constexpr int kFewCols = 16, kSomeCols = 128, kManyCols = 1024;
+
+// Values, or codes with the grid of each row.
+template <class T, bool kCodes>
+struct Rows {
+  using Out = std::conditional_t<kCodes, Wide<T>, T>;
+  const T* w;
+  Out* out;                 // [rows, cols]
+  Wide<T>*scale, *lo_code;  // [rows], codes only
+  int64_t rows, cols;
+
+  __device__ __forceinline__ bool vectorised() const {
+    return cols % kVec<T> == 0 && (reinterpret_cast<uintptr_t>(w) | reinterpret_cast<uintptr_t>(out)) % 16 == 0;
+  }
+  __device__ __forceinline__ void write_grid(int64_t row, const Grid<Wide<T>>& g) const {
+    if (!kCodes) return;
+    scale[row] = g.scale;
+    lo_code[row] = add(g.zero_point, g.code_min);
+  }
+  __device__ __forceinline__ static Out quantize(Wide<T> x, const Grid<Wide<T>>& g) {
+    if constexpr (kCodes)
+      return add(encode(x, g), g.zero_point);
+    else
+      return narrow<T>(fake_quant(x, g));
+  }
 };
 
-template <class T, bool kCodes>
-__device__ __forceinline__ T quantize(T x, const Grid<T>& g) {
-  return kCodes ? add(encode(x, g), g.zero_point) : fake_quant(x, g);
+// V values, in accesses of at most 16 bytes.
+template <int V, class O>
+__device__ __forceinline__ void store(O* to, const O (&v)[V]) {
+  constexpr int P = V < kVec<O> ? V : kVec<O>;
+  ZSQ_UNROLL for (int at = 0; at < V; at += P) {
+    Vec<O, P> p;
+    ZSQ_UNROLL for (int u = 0; u < P; ++u) p.v[u] = v[at + u];
+    *reinterpret_cast<Vec<O, P>*>(to + at) = p;
+  }
 }
 
-template <class T, bool kCodes>
-__device__ __forceinline__ void write_grid(const RowOutput<T>& out, int64_t row, const Grid<T>& g) {
-  if (!kCodes) return;
-  out.scale[row] = g.scale;
-  out.lo_code[row] = add(g.zero_point, g.code_min);
-}
-
-// Lanes threads per row, at most Held elements of it in each.
-// The second launch bound (one block per multiprocessor for double, none stated for float) changes nothing but ptxas'
-// thrift: without it, double kernels spill a word to save a register.
-template <class T, int Lanes, int Held, bool kCodes>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8)
-    short_rows_kernel(const T* __restrict__ w, RowOutput<T> out, int64_t rows, int cols, int bits, bool vec) {
+// `Lanes` threads per row, at most Held elements of it in each; the block takes kThreads / Lanes rows.
+template <int Lanes, int Held, class T, bool kCodes>
+__device__ __forceinline__ void short_rows(const Rows<T, kCodes>& a, int64_t block, int bits) {
   constexpr int V = kVec<T>;
+  static_assert(Held % V == 0);
   const int lane = static_cast<int>(threadIdx.x % Lanes);
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / Lanes) + threadIdx.x / Lanes;
-  const int live = row < rows ? cols : 0;  // lanes past the last row still take part in the shuffles
-  const T* src = w + row * cols;
-  T* dst = out.values + row * cols;
-  T x[Held] = {};
-  Range<T> r = empty_range<T>();
+  const int64_t row = block * (kThreads / Lanes) + threadIdx.x / Lanes;
+  const int live = row < a.rows ? static_cast<int>(a.cols) : 0;  // lanes past the last row still take part in shuffles
+  const bool vec = a.vectorised();
+  const T* src = a.w + row * a.cols;
+  auto* dst = a.out + row * a.cols;
+  Wide<T> x[Held] = {};
+  Range<Wide<T>> r = empty_range<Wide<T>>();
   if (vec) {
     ZSQ_UNROLL for (int k = 0; k < Held; k += V) {
       const int i = k * Lanes + lane * V;
       if (i >= live) break;
       const Vec<T, V> p = *reinterpret_cast<const Vec<T, V>*>(src + i);
-      ZSQ_UNROLL for (int u = 0; u < V; ++u) r.see(x[k + u] = p.v[u]);
+      ZSQ_UNROLL for (int u = 0; u < V; ++u) r.see(x[k + u] = widen(p.v[u]));
     }
   } else {
     ZSQ_UNROLL for (int k = 0; k < Held; ++k) {
       const int i = k * Lanes + lane;
       if (i >= live) break;
-      r.see(x[k] = src[i]);
+      r.see(x[k] = widen(src[i]));
     }
   }
   r = lanes_range<Lanes>(r);
-  const Grid<T> g = make_grid(r.lo, r.hi, bits);
-  if (lane == 0 && live) write_grid<T, kCodes>(out, row, g);
+  const auto g = make_grid(r.lo, r.hi, bits);
+  if (lane == 0 && live) a.write_grid(row, g);
   if (vec) {
     ZSQ_UNROLL for (int k = 0; k < Held; k += V) {
       const int i = k * Lanes + lane * V;
       if (i >= live) break;
-      Vec<T, V> p;
-      ZSQ_UNROLL for (int u = 0; u < V; ++u) p.v[u] = quantize<T, kCodes>(x[k + u], g);
-      *reinterpret_cast<Vec<T, V>*>(dst + i) = p;
+      typename Rows<T, kCodes>::Out y[V];
+      ZSQ_UNROLL for (int u = 0; u < V; ++u) y[u] = a.quantize(x[k + u], g);
+      store<V>(dst + i, y);
     }
   } else {
     ZSQ_UNROLL for (int k = 0; k < Held; ++k) {
       const int i = k * Lanes + lane;
       if (i >= live) break;
-      dst[i] = quantize<T, kCodes>(x[k], g);
+      dst[i] = a.quantize(x[k], g);
     }
   }
 }
 
-// A block per row, V elements per access. `cached`: the row fits into shared memory. Each thread reads back only what
-// it stored itself.
-template <class T, int V, bool kCodes>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8)
-    long_rows_kernel(const T* __restrict__ w, RowOutput<T> out, int64_t cols, int bits, bool cached) {
-  ZSQ_DYN_SHARED(T, tile);
-  const int64_t row = blockIdx.x, first = static_cast<int64_t>(threadIdx.x) * V;
-  const T* src = w + row * cols;
-  T* dst = out.values + row * cols;
-  Range<T> r = empty_range<T>();
-  for (int64_t i = first; i < cols; i += kThreads * V) {
+// A block per row, V elements per access. `cached`: the row fits into `tile`. Each thread reads back only what it
+// stored itself.
+template <int V, class T, bool kCodes>
+__device__ __forceinline__ void long_row(const Rows<T, kCodes>& a, int64_t row, int bits, bool cached, T* tile) {
+  const int64_t first = static_cast<int64_t>(threadIdx.x) * V;
+  const T* src = a.w + row * a.cols;
+  Range<Wide<T>> r = empty_range<Wide<T>>();
+  for (int64_t i = first; i < a.cols; i += kThreads * V) {
     const Vec<T, V> p = *reinterpret_cast<const Vec<T, V>*>(src + i);
-    ZSQ_UNROLL for (int u = 0; u < V; ++u) r.see(p.v[u]);
+    ZSQ_UNROLL for (int u = 0; u < V; ++u) r.see(widen(p.v[u]));
     if (cached) *reinterpret_cast<Vec<T, V>*>(tile + i) = p;
   }
   r = block_range(r);
-  const Grid<T> g = make_grid(r.lo, r.hi, bits);
-  if (threadIdx.x == 0) write_grid<T, kCodes>(out, row, g);
-  for (int64_t i = first; i < cols; i += kThreads * V) {
-    Vec<T, V> p = cached ? *reinterpret_cast<const Vec<T, V>*>(tile + i) : *reinterpret_cast<const Vec<T, V>*>(src + i);
-    ZSQ_UNROLL for (int u = 0; u < V; ++u) p.v[u] = quantize<T, kCodes>(p.v[u], g);
-    *reinterpret_cast<Vec<T, V>*>(dst + i) = p;
+  const auto g = make_grid(r.lo, r.hi, bits);
+  if (threadIdx.x == 0) a.write_grid(row, g);
+  for (int64_t i = first; i < a.cols; i += kThreads * V) {
+    const Vec<T, V> p =
+        cached ? *reinterpret_cast<const Vec<T, V>*>(tile + i) : *reinterpret_cast<const Vec<T, V>*>(src + i);
+    typename Rows<T, kCodes>::Out y[V];
+    ZSQ_UNROLL for (int u = 0; u < V; ++u) y[u] = a.quantize(widen(p.v[u]), g);
+    store<V>(a.out + row * a.cols + i, y);
   }
 }
 
+template <class T>
+constexpr int kFewHeld = kVec<T> > 4 ? kVec<T> : 4;
+
+// The second launch bound (one block per multiprocessor for double, none stated for others) changes nothing but ptxas'
+// thrift: without it, double kernels spill a word to save a register.
+template <int Lanes, int Held, class T, bool kCodes>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8) short_rows_kernel(const Rows<T, kCodes> a, int bits) {
+  short_rows<Lanes, Held>(a, blockIdx.x, bits);
+}
 template <class T, bool kCodes>
-cudaError_t quantize_rows(const T* w, const RowOutput<T>& out, int64_t rows, int64_t cols, int bits,
-                          cudaStream_t stream) {
-  if (rows == 0 || cols == 0) return cudaSuccess;
-  const bool vec = cols % kVec<T> == 0 && aligned(w) && aligned(out.values);
-  auto short_rows = [&](auto kernel, int lanes) {
-    return launch({ceil_div(rows, kThreads / lanes), kThreads, 0, stream}, kernel, w, out, rows, static_cast<int>(cols),
-                  bits, vec);
-  };
-  if (cols <= 16) return short_rows(short_rows_kernel<T, 4, 4, kCodes>, 4);
-  if (cols <= 128) return short_rows(short_rows_kernel<T, 32, 4, kCodes>, 32);
-  if (cols <= 1024) return short_rows(short_rows_kernel<T, 32, 32, kCodes>, 32);
-  const int64_t bytes = cols * static_cast<int64_t>(sizeof(T));
-  const bool cached = bytes <= kTileBytes;
-  const auto kernel = vec ? long_rows_kernel<T, kVec<T>, kCodes> : long_rows_kernel<T, 1, kCodes>;
-  return launch({rows, kThreads, cached ? static_cast<size_t>(bytes) : 0, stream}, kernel, w, out, cols, bits, cached);
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8)
+    long_rows_kernel(const Rows<T, kCodes> a, int bits, bool cached) {
+  ZSQ_DYN_SHARED(T, tile);
+  if (a.vectorised())
+    long_row<kVec<T>>(a, blockIdx.x, bits, cached, tile);
+  else
+    long_row<1>(a, blockIdx.x, bits, cached, tile);
+}
+
+template <class T>
+bool fits_tile(int64_t cols) {
+  return cols * static_cast<int64_t>(sizeof(T)) <= kTileBytes;
+}
+int64_t blocks_for(int64_t rows, int64_t cols) {
+  const int rows_per_block = cols <= kFewCols ? kThreads / 4 : cols <= kManyCols ? kWarps : 1;
+  return ceil_div(rows, rows_per_block);
+}
+
+template <class T, bool kCodes>
+cudaError_t quantize_rows(const Rows<T, kCodes>& a, int bits, cudaStream_t stream) {
+  if (a.rows == 0 || a.cols == 0) return cudaSuccess;
+  LaunchConfig config{blocks_for(a.rows, a.cols), kThreads, 0, stream};
+  if (a.cols <= kFewCols) return launch(config, short_rows_kernel<4, kFewHeld<T>, T, kCodes>, a, bits);
+  if (a.cols <= kSomeCols) return launch(config, short_rows_kernel<32, kFewHeld<T>, T, kCodes>, a, bits);
+  if (a.cols <= kManyCols) return launch(config, short_rows_kernel<32, 32, T, kCodes>, a, bits);
+  const bool cached = fits_tile<T>(a.cols);
+  config.shared_bytes = cached ? static_cast<size_t>(a.cols) * sizeof(T) : 0;
+  return launch(config, long_rows_kernel<T, kCodes>, a, bits, cached);
+}
+
+template <class T>
+struct WeightTable {
+  struct Entry {
+    const T* w;
+    T* out;
+    int rows, cols;
+  } entry[kTensors];
+  int first_block[kTensors + 1];
+  int count, bits;
+};
+static_assert(sizeof(WeightTable<float>) <= 4096);
+
+// A block never mixes tensors, so all its threads take the same path.
+template <class T>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8)
+    weights_kernel(const __grid_constant__ WeightTable<T> table) {
+  ZSQ_DYN_SHARED(T, tile);
+  const int i = piece_of_block(table.first_block, table.count), bits = table.bits;
+  const int64_t block = static_cast<int64_t>(blockIdx.x) - table.first_block[i];
+  const Rows<T, false> a{table.entry[i].w, table.entry[i].out,  nullptr,
+                         nullptr,          table.entry[i].rows, table.entry[i].cols};
+  const bool cached = a.cols * static_cast<int64_t>(sizeof(T)) <= kTileBytes;
+  if (a.cols <= kFewCols)
+    short_rows<4, kFewHeld<T>>(a, block, bits);
+  else if (a.cols <= kSomeCols)
+    short_rows<32, kFewHeld<T>>(a, block, bits);
+  else if (a.cols <= kManyCols)
+    short_rows<32, 32>(a, block, bits);
+  else if (a.vectorised())
+    long_row<kVec<T>>(a, block, bits, cached, tile);
+  else
+    long_row<1>(a, block, bits, cached, tile);
 }
 
 }  // namespace
 
 template <class T>
 cudaError_t fake_quant_weight(const T* w, T* out, int64_t rows, int64_t cols, int bits, cudaStream_t stream) {
-  return quantize_rows<T, false>(w, {out, nullptr, nullptr}, rows, cols, bits, stream);
+  return quantize_rows(Rows<T, false>{w, out, nullptr, nullptr, rows, cols}, bits, stream);
+}
+
+template <class T>
+cudaError_t fake_quant_weights(const WeightTensor<T>* tensors, int count, int bits, cudaStream_t stream) {
+  constexpr int64_t kMost = 0x7fffffff;
+  WeightTable<T> table;
+  table.count = 0, table.first_block[0] = 0, table.bits = bits;
+  size_t tile = 0;
+  cudaError_t error = cudaSuccess;
+  const auto flush = [&] {
+    if (table.count > 0 && error == cudaSuccess)
+      error = launch({table.first_block[table.count], kThreads, tile, stream}, weights_kernel<T>, table);
+    table.count = 0, tile = 0;
+  };
+  for (int i = 0; i < count; ++i) {
+    const auto [w, out, rows, cols] = tensors[i];
+    if (rows == 0 || cols == 0) continue;
+    if (rows > kMost || cols > kMost) {  // does not fit the table, and needs no company
+      if (error == cudaSuccess) error = fake_quant_weight(w, out, rows, cols, bits, stream);
+      continue;
+    }
+    const int64_t blocks = blocks_for(rows, cols);
+    if (table.count == kTensors || table.first_block[table.count] + blocks > kMost) flush();
+    table.entry[table.count] = {w, out, static_cast<int>(rows), static_cast<int>(cols)};
+    table.first_block[table.count + 1] = table.first_block[table.count] + static_cast<int>(blocks);
+    ++table.count;
+    const size_t bytes = static_cast<size_t>(cols) * sizeof(T);
+    if (cols > kManyCols && fits_tile<T>(cols) && bytes > tile) tile = bytes;
+  }
+  flush();
+  return error;
 }
 
 template <class T>
 cudaError_t weight_codes(const T* w, Wide<T>* codes, Wide<T>* scale, Wide<T>* lo_code, int64_t rows, int64_t cols,
                          int bits, cudaStream_t stream) {
-  return quantize_rows<T, true>(w, {codes, scale, lo_code}, rows, cols, bits, stream);
+  return quantize_rows(Rows<T, true>{w, codes, scale, lo_code, rows, cols}, bits, stream);
 }
 
 #define ZSQ_INSTANTIATE(T)                                                                      \
   template cudaError_t fake_quant_weight<T>(const T*, T*, int64_t, int64_t, int, cudaStream_t); \
-  template cudaError_t weight_codes<T>(const T*, T*, T*, T*, int64_t, int64_t, int, cudaStream_t);
+  template cudaError_t fake_quant_weights<T>(const WeightTensor<T>*, int, int, cudaStream_t);   \
+  template cudaError_t weight_codes<T>(const T*, Wide<T>*, Wide<T>*, Wide<T>*, int64_t, int64_t, int, cudaStream_t);
 ZSQ_INSTANTIATE(float)
 ZSQ_INSTANTIATE(double)
+ZSQ_INSTANTIATE(Bf16)
+ZSQ_INSTANTIATE(Half)
 
 }  // namespace zsq::cuda

@@ -2,6 +2,7 @@
 // zsq_error().
 #include <exception>
 #include <string>
+#include <vector>
 
 #include "../../csrc/cuda/kernels.h"
 #include "host_exec.h"

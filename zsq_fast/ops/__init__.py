@@ -94,7 +94,8 @@ def fake_quant_weights(weights: Sequence[Tensor], bits: int) -> list[Tensor]:
         weights: tensors `[C, ...]` of one dtype and device, e.g. all weights of a network.
         bits: 2 to 8, the same for all.
     """
-    return _fake_quant_weights(list(weights), bits)
+    weights = list(weights)
+    return _fake_quant_weights(weights, bits) if weights else []  # without a tensor there is no device to dispatch to
 
 
 def weight_codes(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
