@@ -100,7 +100,8 @@ def test_bn_stats_of_16_bit(seeded: Kernels, shape: str, channels_last: bool, dt
     scratch = seeded.workspace("bn_stats", *case.shape, source.element_size())
     seeded("bn_stats", source, case.mean, case.var, loss, bm, bv, *case.shape, as_c(scratch))
     for got, want in zip((loss[0], bm, bv), truth, strict=True):
-        assert (got.double() - want).norm() <= 1e-6 * want.norm()
+        # A variance is as exact as (x - mean)^2, of which little may be left.
+        assert (got.double() - want).norm() <= 1e-6 * (want.norm() + len(case.mean) ** 0.5)
     # Large enough for the gradient of fp16 to leave the subnormals; then one rounding of the stored type remains.
     grad_loss, out = torch.tensor([1.7 * case.x.numel()]), torch.full_like(source, 7.0)
     want = reference.bn_stats_match_backward(grad_loss.double()[0], *exact, *truth[1:])
