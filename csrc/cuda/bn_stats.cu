@@ -166,9 +166,9 @@ __device__ __forceinline__ void finish_channel(const StatsArgs<T>& a, int64_t c,
   a.ws.terms[c] = shift * shift + dv * dv;
 }
 
-// The second launch bound keeps double kernels from spilling, as in fake_quant_weight.cu.
+// The second launch bound keeps kernels of 2 and 8 bytes from spilling, as in fake_quant_weight.cu.
 template <class T, int V, bool kLast, bool kWrite>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8) stats_kernel(const StatsArgs<T> a) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) != 4) stats_kernel(const StatsArgs<T> a) {
   constexpr int K = kColumns<V, kLast>;
   const int t = static_cast<int>(threadIdx.x), groups = a.cut.groups;
   const int group = static_cast<int>(blockIdx.x) % groups, split = static_cast<int>(blockIdx.x) / groups;
@@ -221,7 +221,7 @@ struct GradArgs {
 };
 
 template <class T, int V, bool kLast, bool kGradY>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8) grad_kernel(const GradArgs<T> a) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) != 4) grad_kernel(const GradArgs<T> a) {
   using W = Wide<T>;
   constexpr int K = kColumns<V, kLast>;
   const int t = static_cast<int>(threadIdx.x), groups = a.cut.groups;
