@@ -152,7 +152,7 @@ def test_bn_stats(kernels: Kernels, shape: str, channels_last: bool, dtype: torc
         for got, expected in zip(runs[0], truth, strict=True):
             assert (got.double() - expected).norm() <= close * expected.norm()
         grad = torch.full_like(source, 7.0)
-        kernels("bn_stats_backward", grad_loss, source, mean, var, *runs[0][1:], grad, n, channels, s, channels_last)
+        kernels("bn_stats_backward", source, grad_loss, mean, var, *runs[0][1:], grad, n, channels, s, channels_last)
         grad = grad.transpose(1, 2) if channels_last else grad
         assert (grad.double() - truth_grad).norm() <= 3 * close * truth_grad.norm()
 

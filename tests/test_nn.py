@@ -262,6 +262,59 @@ def test_tap_equals_hooks_by_hand_and_lets_go():
     assert not any(m._forward_pre_hooks for m in teacher.modules())
 
 
+def tapped(teacher: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Logits, tap loss, and the gradient of both to the input."""
+    x = x.clone().requires_grad_()
+    with zsq.nn.BNStatsTap(teacher) as tap:
+        logits = teacher(x)
+        loss = tap.loss()
+    return [logits, loss, *torch.autograd.grad(logits.square().mean() + loss, x)]
+
+
+def test_tap_of_a_frozen_network_equals_the_tap_of_a_trained_one(monkeypatch):
+    """Frozen batch norms compute output and statistics in one pass, the others beside their own forward."""
+    x, calls, fused = torch.randn(8, 3, 8, 8), [], zsq.ops.bn_eval_sums
+    monkeypatch.setattr(zsq.ops, "bn_eval_sums", lambda *args: calls.append(args) or fused(*args))
+    want = tapped(tiny(), x)
+    assert not calls
+    got = tapped(tiny().requires_grad_(False), x)
+    assert len(calls) == 2
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    calls.clear()
+    training = tiny().requires_grad_(False).train()
+    before = training[1].running_mean.clone()
+    tapped(training, x)
+    assert not calls and not training[1].running_mean.equal(before)
+
+
+def test_tap_with_others_around():
+    """Copies are not tapped, hooks run, taps nest, replaced and inherited forwards are called, errors leave nothing behind."""
+
+    class Twice(nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x, seen = torch.randn(4, 3, 8, 8), []
+    teacher = tiny().requires_grad_(False)
+    teacher[4].__class__ = Twice
+    own = teacher[1].forward = lambda x: nn.BatchNorm2d.forward(teacher[1], x) + 1
+    plain = teacher(x)
+    teacher[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with pytest.raises(KeyError), zsq.nn.BNStatsTap(teacher) as outer:
+        with zsq.nn.BNStatsTap(teacher) as inner:
+            torch.testing.assert_close(teacher(x), plain)
+            twin = copy.deepcopy(teacher)
+            torch.testing.assert_close(inner.loss(), outer.loss())
+            zsq.convert(teacher, 4, 4, input_size=(3, 8, 8))  # runs the network
+            inner.loss(), outer.loss()
+        torch.testing.assert_close(twin(x), plain)
+        with pytest.raises(UnsupportedModelError):
+            outer.loss()  # the copy recorded nothing
+        raise KeyError
+    assert len(seen) >= 2 and teacher[1].forward is own and "forward" not in vars(teacher[4])
+
+
 def test_training_through_the_layers(device):
     student = zsq.convert(tiny(), 4, 4, input_size=(3, 8, 8)).to(device)
     x = torch.randn(8, 3, 8, 8, device=device)

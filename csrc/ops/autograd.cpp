@@ -2,6 +2,7 @@
 // decides. The straight-through estimator of this family is the identity: no mask, no saved tensor (ait_family.md
 // section 2).
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +40,34 @@ def look_untrained(norms: dict[str, nn.BatchNorm2d]) -> bool:
     return not any(bool(m.any()) for m in means) and all(bool((v == 1).all()) for v in variances)
 
 
+class _TappedForward:
+    """Stands in for the `forward` of a batch norm: the same output, and the statistics loss of the input to `record`."""
+
+    def __init__(self, norm: nn.BatchNorm2d, record: Callable[[Tensor], None]):
+        self.norm, self.record, self.forward = norm, record, norm.forward
+        # Subclasses and replaced forwards may compute anything.
+        self.plain = "forward" not in vars(norm) and type(norm).forward is nn.BatchNorm2d.forward
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        norm = self.norm
+        mean, var, weight, bias = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        assert mean is not None and var is not None
+        trained = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (weight, bias))
+        if not self.plain or norm.training or trained or args or kwargs:
+            self.record(ops.bn_stats_match(x, mean, var))
+            out: Tensor = self.forward(x, *args, **kwargs)
+            return out
+        # One read of x for both, and one pass for both gradients.
+        y, sums = ops.bn_eval_sums(x, mean, var, weight, bias, norm.eps)
+        self.record(ops.bn_stats_loss(sums, var, x.numel() // len(var)))
+        return y
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Tensor]:
+        """A copy of the network is not tapped."""
+        forward: Callable[..., Tensor] = copy.deepcopy(self.forward, memo)
+        return forward
+
+
 class BNStatsTap:
     """Context manager that records the BN-statistics loss of every batch-norm input of a network.
 
@@ -49,21 +79,22 @@ class BNStatsTap:
     def __init__(self, model: nn.Module):
         self._norms = usable_batch_norms(model)
         self._losses: list[Tensor] = []
-        self._handles: list[Any] = []
+        self._before: list[tuple[nn.Module, Any]] = []
 
     def __enter__(self) -> BNStatsTap:
         for norm in self._norms.values():
-            self._handles.append(norm.register_forward_pre_hook(self._record))
+            self._before.append((norm, vars(norm).get("forward")))
+            norm.forward = _TappedForward(norm, self._losses.append)  # type: ignore[assignment]
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for norm, forward in reversed(self._before):
+            if forward is None:
+                del norm.forward
+            else:
+                norm.forward = forward
+        self._before.clear()
         self._losses.clear()
-
-    def _record(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._losses.append(ops.bn_stats_match(inputs[0], norm.running_mean, norm.running_var))  # type: ignore[arg-type]
 
     def loss(self) -> Tensor:
         """Mean over the batch-norm layers run since the last call, a scalar (GDFQ L_BNS; ait_family.md section 3)."""

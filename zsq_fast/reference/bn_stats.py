@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,9 @@ def scale_and_shift(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Batch norm in eval mode as `x * scale + shift`, `[C]` each."""
-    scale = (torch.ones_like(var) if weight is None else weight) / torch.sqrt(var + eps)
+    # torch.sqrt comes from a vector library on the CPU, which does not round correctly.
+    root = [math.sqrt(v) if v >= 0 else math.nan for v in (var + eps).tolist()]
+    scale = (torch.ones_like(var) if weight is None else weight) / var.new_tensor(root)
     return scale, (torch.zeros_like(mean) if bias is None else bias) - mean * scale
 
 
