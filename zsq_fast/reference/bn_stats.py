@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zsq_fast.reference.number import per_channel, wide
+from zsq_fast.reference.number import per_channel, root, wide
 
 
 def _not_channel(x: Tensor) -> list[int]:
@@ -31,7 +31,7 @@ def scale_and_shift(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Batch norm in eval mode as `x * scale + shift`, `[C]` each."""
-    scale = (torch.ones_like(var) if weight is None else weight) / torch.sqrt(var + eps)
+    scale = (torch.ones_like(var) if weight is None else weight) / root(var + eps)
     return scale, (torch.zeros_like(mean) if bias is None else bias) - mean * scale
 
 
