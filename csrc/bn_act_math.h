@@ -36,9 +36,9 @@ ZSQ_HD ActRule<W> act_rule(Activation activation, bool clip, W lo, W hi, int bit
   const bool relu = activation != Activation::kNone, relu6 = activation == Activation::kRelu6;
   return {make_grid(lo, hi, bits), relu ? W(0) : -W(INFINITY), relu6 ? W(6) : W(INFINITY), !relu, !relu6, clip};
 }
-// Quantizes y; keep says whether it passes a gradient. No short circuits: host compilers vectorise this.
+// Code of y; keep says whether it passes a gradient. No short circuits: host compilers vectorise this.
 template <class W>
-ZSQ_HD W act_fake_quant(W y, const ActRule<W>& r, bool* keep) {
+ZSQ_HD W act_encode(W y, const ActRule<W>& r, bool* keep) {
   bool pass = (y > r.floor) | r.open_below;
   y = y < r.floor ? r.floor : y;
   pass &= (y < r.ceiling) | r.open_above;
@@ -46,7 +46,7 @@ ZSQ_HD W act_fake_quant(W y, const ActRule<W>& r, bool* keep) {
   const W q = round_even(sub(mul(r.grid.scale, y), r.grid.zero_point));
   *keep = pass & (((q >= r.grid.code_min) & (q <= r.grid.code_max)) | !r.clip);
   const W above = r.grid.code_min > q ? r.grid.code_min : q;
-  return decode(r.grid.code_max < above ? r.grid.code_max : above, r.grid);
+  return r.grid.code_max < above ? r.grid.code_max : above;
 }
 
 }  // namespace zsq

@@ -8,6 +8,9 @@
 #include <limits>
 #include <new>
 #include <utility>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 namespace zsq::cpu::ZSQ_ISA {
 namespace {

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) forward_kern
         W y = add(mul(widen(x[j].v[k]), f.scale), f.shift);
         if (a.residual) y = add(y, widen(added[j].v[k]));
         bool keep;
-        x[j].v[k] = narrow<T>(act_fake_quant(y, rule, &keep));
+        x[j].v[k] = narrow<T>(decode(act_encode(y, rule, &keep), rule.grid));
         bits |= static_cast<unsigned>(keep) << k;
       });
       reinterpret_cast<Vec<T, V>*>(a.out)[u] = x[j];
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) forward_kern
     W y = add(mul(widen(a.x[i]), f.scale), f.shift);
     if (a.residual) y = add(y, widen(a.residual[i]));
     bool keep;
-    a.out[i] = narrow<T>(act_fake_quant(y, rule, &keep));
+    a.out[i] = narrow<T>(decode(act_encode(y, rule, &keep), rule.grid));
     bits |= static_cast<unsigned>(keep) << i % 8;
   }
   if (a.mask) a.mask[n / 8] = static_cast<uint8_t>(bits);
