@@ -53,7 +53,7 @@ __device__ __forceinline__ void each_element(Place at, const Plane& p, int64_t& 
 
 // The elements behind the last whole mask byte, fewer than 8, are left to one thread of block 0.
 template <class T, int V, Access kAccess>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3) forward_kernel(const BnActArgs<T> a, int64_t n) {
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(const BnActArgs<T> a, int64_t n) {
   using W = Wide<T>;
   const ActRule<W> rule = act_rule(a.activation, a.clip, *a.lo, *a.hi, a.bits);
   const auto parameters = [&](int64_t c) { return bn_affine(a.mean, a.var, a.weight, a.bias, W(a.eps), c); };
@@ -108,7 +108,7 @@ __device__ __forceinline__ Wide<T> passed(T grad, unsigned bits, int k) {
 }
 
 template <class T, int V, Access kAccess>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
     grad_kernel(const BnActBackwardArgs<T> a, int64_t n) {
   using W = Wide<T>;
   const W* none = nullptr;
@@ -301,12 +301,11 @@ cudaError_t bn_act_backward(const BnActBackwardArgs<T>& a, void* workspace, cuda
                                                    : grad_kernel<T, V, Access::kAny>;
     return launch({ceil_div(n, kThreads * kInFlight * (vec ? V : 1)), kThreads, 0, stream}, kernel, a, n);
   }
+  const size_t sum_bytes = static_cast<size_t>(p.c) * sizeof *a.grad_weight;
   if (n == 0) {
-    for (Wide<T>* sum : {a.grad_weight, a.grad_bias}) {
-      const cudaError_t e = p.c ? cudaMemsetAsync(sum, 0, static_cast<size_t>(p.c) * sizeof *sum, stream) : cudaSuccess;
-      if (e != cudaSuccess) return e;
-    }
-    return cudaSuccess;
+    if (p.c == 0) return cudaSuccess;
+    const cudaError_t e = cudaMemsetAsync(a.grad_weight, 0, sum_bytes, stream);
+    return e != cudaSuccess ? e : cudaMemsetAsync(a.grad_bias, 0, sum_bytes, stream);
   }
   const bool wide = vec && aligned(a.x) && (p.s == 1 ? p.c : p.s) % V == 0;
   const Cut cut = cut_for(p, wide ? V : 1);
