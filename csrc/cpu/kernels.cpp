@@ -13,6 +13,9 @@
 #include <limits>
 #include <new>
 #include <utility>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "../loss_math.h"
 
@@ -31,6 +34,7 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   T* data() { return data_; }
+  const T* data() const { return data_; }
   T& operator[](int64_t i) { return data_[i]; }
   // At least n elements, contents undefined; kept from call to call by thread_local users, since fresh memory in every
   // step would cost more in page faults than the arithmetic.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from zsq_fast.reference.bn_stats import scale_and_shift
 from zsq_fast.reference.fake_quant import fake_quant_act, not_clamped
-from zsq_fast.reference.number import pack, per_channel, unpack, wide
+from zsq_fast.reference.number import pack, per_channel, root, unpack, wide
 
 CEILING = {"none": None, "relu": None, "relu6": 6.0}
 
@@ -62,6 +62,6 @@ def bn_act_fake_quant_backward(
     if not affine:
         return grad_x, grad_residual, mean.new_empty(0), mean.new_empty(0)
     dims = [d for d in range(x.dim()) if d != 1]
-    normalised = (x.double() - per_channel(mean.double(), x)) / per_channel(torch.sqrt(var + eps).double(), x)
+    normalised = (x.double() - per_channel(mean.double(), x)) / per_channel(root(var + eps).double(), x)
     grad_weight, grad_bias = ((passed.double() * factor).sum(dims).to(mean.dtype) for factor in (normalised, 1.0))
     return grad_x, grad_residual, grad_weight, grad_bias

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from zsq_fast.reference.number import per_channel, wide
+from zsq_fast.reference.number import per_channel, root, wide
 
 
 def _not_channel(x: Tensor) -> list[int]:
@@ -33,9 +31,7 @@ def scale_and_shift(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Batch norm in eval mode as `x * scale + shift`, `[C]` each."""
-    # torch.sqrt comes from a vector library on the CPU, which does not round correctly.
-    root = [math.sqrt(v) if v >= 0 else math.nan for v in (var + eps).tolist()]
-    scale = (torch.ones_like(var) if weight is None else weight) / var.new_tensor(root)
+    scale = (torch.ones_like(var) if weight is None else weight) / root(var + eps)
     return scale, (torch.zeros_like(mean) if bias is None else bias) - mean * scale
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,13 @@ from torch import Tensor
 def wide(x: Tensor) -> Tensor:
     """x in its arithmetic type: float64 stays, everything else is float32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def root(x: Tensor) -> Tensor:
+    """Square root, correctly rounded; `torch.sqrt` is often off by one bit on the CPU (MKL)."""
+    if x.dtype == torch.float64:
+        return x.new_tensor([math.sqrt(v) if v >= 0 else math.nan for v in x.flatten().tolist()]).view(x.shape)
+    return torch.sqrt(x.double()).to(x.dtype)  # twice the digits and two: rounding twice cannot differ
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
