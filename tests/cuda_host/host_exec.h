@@ -50,8 +50,9 @@ enum Vote { V_NONE, V_COUNT, V_AND, V_OR };
 int block_sync(Vote v, int pred, const char* file, int line);
 void grid_sync(const char* file, int line);
 void fence();               // __threadfence
-void atomic_pre(void* p);   // a possible switch point, then: fence, atomic p -> atomic p, fence
+bool atomic_pre(void* p);   // a possible switch point, then: fence, atomic p -> atomic p, fence
 void atomic_post(void* p);  // is the only order that atomics give
+void tear_next_atomic();    // of this thread: a plain read-modify-write (mutants.h); atomic_pre then says false
 void* shared_var(const void* key, size_t bytes, const char* name);
 void* dyn_shared(size_t align);
 struct Launch {
@@ -89,7 +90,11 @@ template <class T, class F>
 T rmw(T* p, F f) {  // atomic read-modify-write, relaxed as on the GPU
   using U = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
   static_assert(sizeof(T) == sizeof(U));
-  atomic_pre(p);
+  if (!atomic_pre(p)) {
+    const T old = *p;
+    *p = f(old);
+    return old;
+  }
   U* q = reinterpret_cast<U*>(p);
   U old = __atomic_load_n(q, __ATOMIC_RELAXED);
   while (!__atomic_compare_exchange_n(q, &old, (U)pack<T>(f(unpack<T>(old))), false, __ATOMIC_RELAXED,
@@ -364,7 +369,7 @@ struct Thread {
   const char* wait = nullptr;
   const char* file = "";
   int line = 0;
-  bool done = false, fenced = false;
+  bool done = false, fenced = false, tear = false;
   std::vector<void*> seen;
 };
 struct Barrier {
@@ -695,10 +700,13 @@ void maybe_switch() {
   wake(g->cur);
   to_main();
 }
-void atomic_pre(void* p) {
+void tear_next_atomic() { g->cur->tear = true; }
+bool atomic_pre(void* p) {
   Quiet q;
   maybe_switch();
+  if (std::exchange(g->cur->tear, false)) return false;
   if (g->cur->fenced) rel(p);
+  return true;
 }
 void atomic_post(void* p) {
   if (!__tsan_acquire) return;
