@@ -125,7 +125,8 @@ def resources() -> str:
         "",
         f"[Record](../benchmarks/results/{path.name}), {record['arch']}, {record['nvcc'].strip()}: {len(kernels)} kernels, "
         f"{sum(k['spill_bytes'] for k in kernels)} bytes spilled, {sum(k['local_accesses'] for k in kernels)} accesses to local memory. "
-        "Below those for float32; the predicted share of copy bandwidth counts 16-byte loads under way (`benchmarks/resources.py`) and says nothing of "
+        "Below those for float32; the predicted share of copy bandwidth counts 16-byte loads under way "
+        "(`benchmarks/resources.py`) and says nothing of "
         "kernels that compute more than they move. None of this ran on a GPU yet.",
         "",
         "| source | kernel | registers | resident warps | 16-byte accesses | narrower | predicted share of copy |",
