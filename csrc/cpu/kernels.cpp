@@ -12,16 +12,27 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <type_traits>
 #include <utility>
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
 
 #include "../loss_math.h"
 
 namespace zsq::cpu::ZSQ_ISA {
 namespace {
 constexpr int64_t kGrain = 32768;  // elements below which a second thread costs more than it gives
+
+// f(std::true_type or std::false_type for each condition): a loop per combination, without branches inside.
+template <class F>
+void choose(F f) {
+  f();
+}
+template <class F, class... Rest>
+void choose(F f, bool condition, Rest... rest) {
+  condition ? choose([&](auto... later) { f(std::true_type(), later...); }, rest...)
+            : choose([&](auto... later) { f(std::false_type(), later...); }, rest...);
+}
+template <auto kValue>
+using constant = std::integral_constant<decltype(kValue), kValue>;
 
 // Work space. Not std::vector: its functions are shared between the objects of all instruction sets, and the linker
 // might keep a copy that this processor cannot run.

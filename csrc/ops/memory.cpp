@@ -92,8 +92,9 @@ void ResultMemory::give_back(void* context) { memory().keep(static_cast<Block*>(
 }  // namespace
 
 at::Tensor empty_result(const at::Tensor& like, at::ScalarType dtype) {
-  if (size_t(like.numel()) * c10::elementSize(dtype) < kLarge || !like.is_non_overlapping_and_dense())
-    return at::empty_like(like, like.options().dtype(dtype));
+  if (!like.is_non_overlapping_and_dense()) return at::empty_like(like, like.options().dtype(dtype));
+  if (size_t(like.numel()) * c10::elementSize(dtype) < kLarge)  // past the dispatcher, which costs more than the rest
+    return at::detail::empty_strided_cpu(like.sizes(), like.strides(), dtype);
   return at::detail::empty_strided_generic(like.sizes(), like.strides(), &memory(),
                                            c10::DispatchKeySet(c10::DispatchKey::CPU), dtype);
 }

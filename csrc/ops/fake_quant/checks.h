@@ -59,15 +59,15 @@ struct WeightViews {
 
   explicit WeightViews(at::TensorList weights) : weights(weights) { out.reserve(weights.size()); }
   // What the kernels take; tensors without elements are left out.
-  template <class T>
-  std::vector<WeightTensor<T>> tensors() {
+  template <class T, class F>
+  std::vector<WeightTensor<T>> tensors(F empty_like) {
     std::vector<WeightTensor<T>> table;
     table.reserve(weights.size());
     for (const Tensor& given : weights) {
       const bool direct = has_dense_rows(given);
       if (!direct) copies.push_back(given.contiguous());
       const Tensor& w = direct ? given : copies.back();
-      out.push_back(at::empty_like(w));
+      out.push_back(empty_like(w));
       const int64_t n = w.numel();
       if (n) table.push_back({read_ptr<T>(w), write_ptr<T>(out.back()), w.size(0), n / w.size(0)});
     }
