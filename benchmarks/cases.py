@@ -298,9 +298,8 @@ def _inundation(name: str, weights: list[Tensor], grads: list[Tensor], momenta: 
 
 def inundation_case(device: str) -> Case:
     w = torch.randn(512, 512, 3, 3, device=device) * 0.02
-    return _inundation(
-        "gradient inundation, 2.4 M weights in one tensor", [w], [torch.randn_like(w)], [torch.randn_like(w)]
-    )
+    grads = [1e-3 * torch.randn_like(w)]  # a dozen candidates, as in training; at 1 the first would do
+    return _inundation("gradient inundation, 2.4 M weights in one tensor", [w], grads, [torch.randn_like(w) * 1e-3])
 
 
 def network_inundation_case(device: str) -> Case:
