@@ -171,7 +171,7 @@ def draw(path: Path) -> None:
         fontsize=8,
     )
     axes.set_xlabel("times as fast (two CPU cores, fastest rounds)")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,7 +287,9 @@ def test_lower_instruction_sets_agree(isa):
         "-k",
         chosen,
     ]
-    done = subprocess.run(command, env=os.environ | {"ZSQ_CPU_ISA": isa}, capture_output=True, text=True)
+    environment = os.environ | {"ZSQ_CPU_ISA": isa}
+    # From here, not from the root: -m puts the working directory first, and the source tree there is not what is installed.
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 
 

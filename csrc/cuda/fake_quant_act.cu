@@ -66,7 +66,7 @@ __device__ __forceinline__ void each_eight(const T* __restrict__ from, T* __rest
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     clip_kernel(const T* __restrict__ x, const Wide<T>* __restrict__ lo, const Wide<T>* __restrict__ hi,
                 T* __restrict__ out, uint8_t* __restrict__ mask, int64_t n, int bits) {
   const Grid<Wide<T>> g = make_grid(*lo, *hi, bits);

@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8) short_rows_kernel(co
   short_rows<Lanes, Held>(a, blockIdx.x, bits);
 }
 template <class T, bool kCodes>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3)
     long_rows_kernel(const Rows<T, kCodes> a, int bits, bool cached) {
   ZSQ_DYN_SHARED(T, tile);
   if (a.vectorised())

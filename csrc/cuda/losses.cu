@@ -39,7 +39,7 @@ __device__ __forceinline__ W exponential(W x, W max, W inverse) {
 }
 
 template <class T, int G>
-__global__ void __launch_bounds__(kThreads) distillation_kernel(const DistillationArgs<T> a) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8) distillation_kernel(const DistillationArgs<T> a) {
   using W = Wide<T>;
   const int64_t n = a.classes, mine = static_cast<int64_t>(blockIdx.x) * (kThreads / G) + threadIdx.x / G;
   const int64_t r = mine < a.batch ? mine : a.batch - 1;  // all threads must take part in the sums
