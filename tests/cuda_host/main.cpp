@@ -13,6 +13,7 @@
 
 #include "../../csrc/cuda/common.h"
 #include "../../csrc/cuda/kernels.h"
+#include "../../csrc/cuda/stream.h"
 
 namespace {
 using namespace zsq::cuda;
