@@ -57,7 +57,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.installed
 	$(PIP) install --quiet '.[bench]'
-	$(BIN)/pytest -q --import-mode=importlib -o pythonpath=. benchmarks/test_kernels.py $(BENCH_ARGS)
+	$(BIN)/pytest -q --import-mode=importlib benchmarks/test_kernels.py $(BENCH_ARGS)
 
 # What it needs and does: benchmarks/gpu_check.py. GPU_ARGS="--device cpu" rehearses it without a GPU.
 gpu-check:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
@@ -43,7 +44,10 @@ def test_steps_run_and_are_reported(tmp_path):
         and "operations ran on cpu" in (tmp_path / "every_operation.log").read_text()
     )
     assert skipped["outcome"] == "skipped" and "needs a GPU" in skipped["why"]
-    assert report["machine"]["torch"] and report["machine"]["commit"] is not None
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert (
+        report["machine"]["torch"] == torch.__version__ and report["machine"]["commit"].removesuffix("-dirty") == head
+    )
 
 
 @pytest.mark.parametrize(("command", "code"), [("exit 3", 3), ("sleep 9", 124), (None, 127)])

@@ -123,8 +123,7 @@ __device__ __forceinline__ void long_row(const Rows<T, kCodes>& a, int64_t row, 
 template <class T>
 constexpr int kFewHeld = kVec<T> > 4 ? kVec<T> : 4;
 
-// The second launch bound (one block per multiprocessor for double, none stated for others) changes nothing but ptxas'
-// thrift: without it, double kernels spill a word to save a register.
+// The second launch bound changes nothing but ptxas' thrift: without it some kernels spill a word to save a register.
 template <int Lanes, int Held, class T, bool kCodes>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8) short_rows_kernel(const Rows<T, kCodes> a, int bits) {
   short_rows<Lanes, Held>(a, blockIdx.x, bits);
