@@ -355,7 +355,7 @@ def call_backward(device: str, **changes):
         (call, {"var": lambda d: torch.zeros(3, device=d).double()}, TypeError, "var must be Float for x of Float"),
         (call, {"weight": lambda d: torch.zeros(3, device=d).half()}, TypeError, "weight must be Float for x of Float"),
         (call, {"bias": lambda d: torch.zeros(1, device=d)}, ValueError, r"bias must have shape \[3\]"),
-        (call, {"residual": lambda d: torch.zeros(2, 3, 1, device=d)}, ValueError, r"residual must have the shape of x \[2, 3, 4\]"),
+        (call, {"residual": lambda d: torch.zeros(2, 3, 1, device=d)}, ValueError, r"residual must have the shape of x \(\[2, 3, 4\]\)"),
         (call, {"residual": lambda d: torch.zeros(2, 3, 4, device=d).half()}, TypeError, "residual must have the dtype of x"),
         (call, {"lo": lambda d: torch.zeros(2, device=d)}, ValueError, "lo must have one element"),
         (call, {"hi": lambda d: torch.zeros((), device=d).double()}, TypeError, "hi must be Float"),

@@ -10,6 +10,7 @@
 #include <cfloat>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <new>
 #include <type_traits>
@@ -64,6 +65,8 @@ class Buffer {
   int64_t size_ = 0;
 };
 }  // namespace
+#include "streaming.inc"
+
 #include "bn_act.inc"
 #include "bn_stats.inc"
 #include "fake_quant.inc"

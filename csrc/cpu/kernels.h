@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "../args.h"
-#include "../bn_act_math.h"
+#include "../bn_math.h"
 #include "../quant_math.h"
 
 namespace zsq::cpu {

@@ -4,7 +4,7 @@
 // The element-wise kernels walk memory in its own order, whatever the layout, so that accesses are coalesced and the
 // 8/V neighbouring lanes of a mask byte put it together with shuffles. Scale and shift are computed where the channel
 // of a thread changes: a division and a root per access, which hides behind memory. The sums are cut as in bn_stats.cu.
-#include "../bn_act_math.h"
+#include "../bn_math.h"
 #include "common.h"
 #include "kernels.h"
 

@@ -6,6 +6,7 @@
 // cancellation in S2 - S1^2: at most kMaxPerThread values per thread in Wide<T>, everything above that in double. Work
 // is cut by shape alone. The last block to finish a group of channels adds that group's partial sums in index order,
 // the last group adds up the loss: deterministic, no floating-point atomics, and C = 16 still fills the GPU.
+#include "../bn_math.h"
 #include "common.h"
 #include "kernels.h"
 
@@ -81,13 +82,6 @@ struct Walk {
 template <int V, bool kLast>
 constexpr int kColumns = kLast ? V : 1;
 
-// Batch norm in eval mode as x*scale + shift.
-template <class W>
-__device__ __forceinline__ W scale_of(const W* weight, const W* var, W eps, int64_t c) {
-  const W deviation = sqrt(add(var[c], eps));
-  return quot(weight ? weight[c] : W(1), deviation);
-}
-
 template <class T>
 struct StatsArgs {
   const T* x;
@@ -131,8 +125,8 @@ __device__ __forceinline__ void sum_units(const StatsArgs<T>& a, int64_t c, int 
   W mean[K], scale[K], shift[K];
   ZSQ_UNROLL for (int k = 0; k < K; ++k) {
     mean[k] = a.mean[c + k];
-    scale[k] = kWrite ? scale_of(a.weight, a.var, a.eps, c + k) : W(0);
-    shift[k] = kWrite ? sub(a.bias ? a.bias[c + k] : W(0), mul(mean[k], scale[k])) : W(0);
+    const Affine<W> f = kWrite ? bn_affine(a.mean, a.var, a.weight, a.bias, a.eps, c + k) : Affine<W>{};
+    scale[k] = f.scale, shift[k] = f.shift;
   }
   Walk<V, kLast> walk(a.cut, c, a.C, a.S, split);
   for (int64_t at[kBatch]; (at[0] = walk.next()) >= 0;) {
@@ -241,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) != 4) grad_kernel(const Gr
       first[k] = mul(unit, mul(W(2), sub(centre[k], mean)));
       slope[k] = mul(unit, mul(W(4), sub(a.batch_var[c + k], var)));
     }
-    scale[k] = kGradY ? scale_of(a.weight, a.var, a.eps, c + k) : W(0);
+    scale[k] = kGradY ? bn_affine<W>(a.mean, a.var, a.weight, nullptr, a.eps, c + k).scale : W(0);
   }
   Walk<V, kLast> walk(a.cut, c, a.C, a.S, split);
   for (int64_t at[kBatch]; (at[0] = walk.next()) >= 0;) {
@@ -266,17 +260,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) != 4) grad_kernel(const Gr
 
 // The loss from the sums: C values, one block.
 template <class T>
-__device__ __forceinline__ double2 misses(const double* sums, const T* var, int64_t C, int64_t count, int64_t c) {
-  const double shift = sums[c] / static_cast<double>(count);
-  return make_double2(shift, sums[C + c] / static_cast<double>(count) - shift * shift - static_cast<double>(var[c]));
-}
-template <class T>
 __global__ void __launch_bounds__(kThreads)
     loss_kernel(const double* sums, const T* var, int64_t C, int64_t count, T* loss) {
   double t1[1] = {}, t2[1] = {};
   for (int64_t c = threadIdx.x; c < C; c += kThreads) {
-    const double2 far = misses(sums, var, C, count, c);
-    t1[0] += far.x * far.x + far.y * far.y;
+    const BnMiss miss = bn_miss(sums, var, C, count, c);
+    t1[0] += miss.mean * miss.mean + miss.var * miss.var;
   }
   column_sums<1>(t1, t2, 1);
   if (threadIdx.x == 0) *loss = static_cast<T>(t1[0] / static_cast<double>(C));
@@ -286,10 +275,10 @@ __global__ void __launch_bounds__(kThreads) loss_grad_kernel(const T* grad_loss,
                                                              int64_t C, int64_t count, double* grad_sums) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= C) return;
-  const double2 far = misses(sums, var, C, count, c);
+  const BnMiss miss = bn_miss(sums, var, C, count, c);
   const double unit = static_cast<double>(*grad_loss) / (static_cast<double>(count) * static_cast<double>(C));
-  grad_sums[c] = unit * (2 * far.x - 4 * far.y * far.x);
-  grad_sums[C + c] = unit * (2 * far.y);
+  grad_sums[c] = unit * (2 * miss.mean - 4 * miss.var * miss.mean);
+  grad_sums[C + c] = unit * (2 * miss.var);
 }
 
 template <class T, bool kWrite>

@@ -32,17 +32,6 @@ struct GiTable {
 };
 static_assert(sizeof(GiTable) + 64 <= 4096, "kernel arguments are limited to 4 KB");
 
-__device__ __forceinline__ int find_tensor(const int* first_block, int count) {
-  int lo = 0, hi = count - 1;
-  while (lo < hi) {
-    const int mid = (lo + hi + 1) / 2;
-    if (first_block[mid] <= static_cast<int>(blockIdx.x))
-      lo = mid;
-    else
-      hi = mid - 1;
-  }
-  return lo;
-}
 __device__ __forceinline__ unsigned warp_sum(unsigned n) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   return __reduce_add_sync(kFullWarp, n);
@@ -102,7 +91,7 @@ enum class Stage { kLadder, kBisect, kRecount };
 __global__ void __launch_bounds__(kThreads, 2)
     search_kernel(const __grid_constant__ GiTable table, Count* counts, Stage stage) {
   ZSQ_SHARED(Tally, tally);
-  const int at = find_tensor(table.search_block, table.count), lane = static_cast<int>(threadIdx.x);
+  const int at = piece_of_block(table.search_block, table.count), lane = static_cast<int>(threadIdx.x);
   const GiTensor& t = table.tensor[at];
   const GiOptions& o = table.options;
   counts += static_cast<int64_t>(at) * kSlots;
@@ -146,7 +135,7 @@ struct Update {
 
 __global__ void __launch_bounds__(kThreads, 4)
     apply_kernel(const __grid_constant__ GiTable table, const Count* counts, float* kappa, int64_t* changed) {
-  const int at = find_tensor(table.apply_block, table.count),
+  const int at = piece_of_block(table.apply_block, table.count),
             block = static_cast<int>(blockIdx.x) - table.apply_block[at];
   const GiTensor& t = table.tensor[at];
   const GiOptions& o = table.options;

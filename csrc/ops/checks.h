@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -42,6 +43,12 @@ inline void check_like(const char* op, const char* arg, const Tensor& t, const c
 inline void check_shape(const char* op, const char* arg, const Tensor& t, const char* main, const Tensor& x) {
   TORCH_CHECK_VALUE(t.sizes() == x.sizes(), op, ": ", arg, " must have the shape of ", main, " (", x.sizes(), "), got ",
                     t.sizes());
+}
+
+// `t` must go with `x` element by element.
+inline void check_same(const char* op, const char* arg, const Tensor& t, const char* main, const Tensor& x) {
+  check_like(op, arg, t, main, x);
+  check_shape(op, arg, t, main, x);
 }
 
 // `t` holds parameters or states of `x`: on its device, in its arithmetic type.
@@ -90,6 +97,7 @@ inline Tensor with_dense_rows(const Tensor& w) { return has_dense_rows(w) ? w : 
 inline Tensor strided_as_result_of(const Tensor& x, const Tensor& dense_x, const Tensor& result) {
   return dense_x.is_same(x) ? result : at::empty_like(x).copy_(result);
 }
+inline Tensor contiguous_or_undefined(const std::optional<Tensor>& t) { return t ? t->contiguous() : Tensor(); }
 inline Tensor dense(const Tensor& x) { return x.is_non_overlapping_and_dense() ? x : x.contiguous(); }
 
 struct ChannelView {

@@ -3,6 +3,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
@@ -97,6 +98,32 @@ at::Tensor empty_result(const at::Tensor& like, at::ScalarType dtype) {
     return at::detail::empty_strided_cpu(like.sizes(), like.strides(), dtype);
   return at::detail::empty_strided_generic(like.sizes(), like.strides(), &memory(),
                                            c10::DispatchKeySet(c10::DispatchKey::CPU), dtype);
+}
+
+namespace {
+constexpr size_t kLine = 64;
+size_t padded(const at::Tensor& t) { return (t.nbytes() + kLine - 1) / kLine * kLine; }
+void let_go(void* block) { c10::raw::intrusive_ptr::decref(static_cast<c10::StorageImpl*>(block)); }
+}  // namespace
+
+ResultBlock::ResultBlock(at::TensorList like) {
+  size_t bytes = 0;
+  for (const at::Tensor& t : like) bytes += padded(t);
+  c10::Allocator* allocator = bytes < kLarge ? c10::GetCPUAllocator() : &memory();
+  memory_ = c10::Storage(c10::Storage::use_byte_size_t(), bytes, allocator);
+  next_ = static_cast<char*>(memory_.mutable_data());
+}
+at::Tensor ResultBlock::empty_like(const at::Tensor& dense) {
+  c10::StorageImpl* block = memory_.unsafeGetStorageImpl();
+  c10::raw::intrusive_ptr::incref(block);
+  c10::Storage own(c10::Storage::use_byte_size_t(), dense.nbytes(),
+                   c10::DataPtr(next_, block, let_go, c10::Device(c10::DeviceType::CPU)), c10::GetCPUAllocator(),
+                   /*resizable=*/true);
+  next_ += padded(dense);
+  at::Tensor result = at::detail::make_tensor<c10::TensorImpl>(
+      std::move(own), c10::DispatchKeySet(c10::DispatchKey::CPU), dense.dtype());
+  result.unsafeGetTensorImpl()->set_sizes_and_strides(dense.sizes(), dense.strides());
+  return result;
 }
 
 int64_t kept_memory() { return int64_t(memory().kept()); }

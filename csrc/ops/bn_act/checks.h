@@ -10,13 +10,6 @@ inline Activation parse_activation(const char* op, std::string_view name) {
   return name == "relu" ? Activation::kRelu : name == "relu6" ? Activation::kRelu6 : Activation::kNone;
 }
 
-// `t` must go with `x` element by element.
-inline void check_shaped_like(const char* op, const char* arg, const Tensor& t, const Tensor& x) {
-  check_like(op, arg, t, "x", x);
-  TORCH_CHECK_VALUE(t.sizes() == x.sizes(), op, ": ", arg, " must have the shape of x ", x.sizes(), ", got ",
-                    t.sizes());
-}
-
 inline void check_bn(const char* op, const Tensor& x, const Tensor& mean, const Tensor& var,
                      const std::optional<Tensor>& weight, const std::optional<Tensor>& bias) {
   check_feature_map(op, x);
@@ -31,7 +24,7 @@ inline void check_bn_act(const char* op, const Tensor& x, const std::optional<Te
                          const Tensor& lo, const Tensor& hi, int64_t bits) {
   check_bits(op, bits);
   check_bn(op, x, mean, var, weight, bias);
-  if (residual) check_shaped_like(op, "residual", *residual, x);
+  if (residual) check_same(op, "residual", *residual, "x", x);
   check_scalar(op, "lo", lo, "x", x);
   check_scalar(op, "hi", hi, "x", x);
 }
@@ -39,7 +32,7 @@ inline void check_bn_act(const char* op, const Tensor& x, const std::optional<Te
 inline void check_bn_act_backward(const char* op, const Tensor& grad, const Tensor& mask, const Tensor& x,
                                   const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight) {
   check_bn(op, x, mean, var, weight, std::nullopt);
-  check_shaped_like(op, "grad", grad, x);
+  check_same(op, "grad", grad, "x", x);
   TORCH_CHECK_TYPE(mask.scalar_type() == at::kByte, op, ": mask must be uint8, got ", mask.scalar_type());
   TORCH_CHECK_VALUE(mask.device() == x.device(), op, ": mask must be on the device of x (", x.device(), "), got ",
                     mask.device());
@@ -57,6 +50,5 @@ inline Plane plane_of(const Tensor& dense) {
   return {n / (c * s), c, s, s == 1};
 }
 
-inline Tensor contiguous_or_none(const std::optional<Tensor>& t) { return t ? t->contiguous() : Tensor(); }
 inline Tensor mask_for(const Tensor& x) { return at::empty({(x.numel() + 7) / 8}, x.options().dtype(at::kByte)); }
 }  // namespace zsq

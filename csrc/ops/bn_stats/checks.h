@@ -32,9 +32,7 @@ inline void check_bn_eval_backward(const char* op, const std::optional<Tensor>& 
   check_bn_eval(op, x, mean, var, weight);
   check_sums(op, "grad_sums", grad_sums, x, x.size(1));
   if (!grad_y) return;
-  check_like(op, "grad_y", *grad_y, "x", x);
-  TORCH_CHECK_VALUE(grad_y->sizes() == x.sizes(), op, ": grad_y must have the shape of x (", x.sizes(), "), got ",
-                    grad_y->sizes());
+  check_same(op, "grad_y", *grad_y, "x", x);
 }
 
 inline void check_stats_loss(const char* op, const Tensor& sums, const Tensor& var, int64_t count) {
@@ -44,5 +42,4 @@ inline void check_stats_loss(const char* op, const Tensor& sums, const Tensor& v
   TORCH_CHECK_VALUE(count > 0, op, ": count must be positive, got ", count);
 }
 
-inline Tensor contiguous_or_undefined(const std::optional<Tensor>& t) { return t ? t->contiguous() : Tensor(); }
 }  // namespace zsq

@@ -9,8 +9,7 @@ inline void check_distillation(const char* op, const Tensor& student, const std:
   TORCH_CHECK_VALUE(student.dim() == 2 && student.numel() > 0, op,
                     ": student must have shape [B, C] and not be empty, got ", student.sizes());
   if (teacher) {
-    check_like(op, "teacher", *teacher, "student", student);
-    check_shape(op, "teacher", *teacher, "student", student);
+    check_same(op, "teacher", *teacher, "student", student);
   }
   if (target) {
     TORCH_CHECK_TYPE(target->scalar_type() == at::kLong, op, ": target must be int64, got ", target->scalar_type());
@@ -28,8 +27,7 @@ inline Alignment check_alignment(const char* op, const Tensor& student, const Te
   check_float(op, "student", student);
   TORCH_CHECK_VALUE(student.dim() >= 2 && student.numel() > 0, op,
                     ": student must have shape [N, C, ...] and not be empty, got ", student.sizes());
-  check_like(op, "teacher", teacher, "student", student);
-  check_shape(op, "teacher", teacher, "student", student);
+  check_same(op, "teacher", teacher, "student", student);
   if (kind == "channel") return Alignment::kChannel;
   if (kind == "spatial") return Alignment::kSpatial;
   TORCH_CHECK_VALUE(kind == "direct", op, ": kind must be 'channel', 'spatial' or 'direct', got '", kind, "'");
@@ -47,8 +45,7 @@ inline void check_map(const char* op, const char* arg, const Tensor& map, const 
 
 inline void check_perturb(const char* op, const Tensor& x, const Tensor& grad, double epsilon) {
   check_float(op, "x", x);
-  check_like(op, "grad", grad, "x", x);
-  check_shape(op, "grad", grad, "x", x);
+  check_same(op, "grad", grad, "x", x);
   TORCH_CHECK_VALUE(std::isfinite(epsilon), op, ": epsilon must be finite, got ", epsilon);
 }
 }  // namespace zsq

@@ -1,4 +1,5 @@
-// What batch norm in eval mode, activation and fake quantization do to one value, host and device.
+// Batch norm in eval mode, what its statistics miss, and activation with fake quantization: scalar rules, host and
+// device.
 #pragma once
 #include "args.h"
 
@@ -22,6 +23,17 @@ template <class W>
 ZSQ_HD Affine<W> bn_affine(const W* mean, const W* var, const W* weight, const W* bias, W eps, int64_t c) {
   const W scale = quot(weight ? weight[c] : W(1), root(add(var[c], eps)));
   return {scale, sub(bias ? bias[c] : W(0), mul(mean[c], scale))};
+}
+
+// How far the mean and the biased variance of channel c are off, from its sums of (x - mean) and (x - mean)^2, [2, C],
+// over `count` values.
+struct BnMiss {
+  double mean, var;
+};
+template <class W>
+ZSQ_HD BnMiss bn_miss(const double* sums, const W* var, int64_t channels, int64_t count, int64_t c) {
+  const double shift = quot(sums[c], double(count)), square = quot(sums[channels + c], double(count));
+  return {shift, sub(sub(square, mul(shift, shift)), double(var[c]))};
 }
 
 // Activation and fake quantization. An open side passes everything, NaN included.
