@@ -1,8 +1,8 @@
 """Time every kernel against plain PyTorch, PyTorch's own operations, torch.compile and a copy: one process, taking turns.
 
-    python -m benchmarks [--rounds N] [--only WORDS] [--layers] [--caches turns|hot|cold] [--fresh] [--device D] [--json FILE] [--gate]
+    python -m benchmarks [--rounds N] [--only WORDS] [--layers] [--cold] [--fresh] [--device D] [--json FILE] [--gate]
 
-The caches hold what the variant before left there (turns), the variant's own data (hot) or none of it (cold).
+Every timed call follows an untimed one of the same variant (hot caches) or 256 MB of other data (`--cold`).
 Ratios are of the fastest rounds; only they carry over from a busy machine, absolute times do not.
 """
 
@@ -45,20 +45,20 @@ def timer(device: str) -> Callable[[Callable[[], Any]], float]:
     return on_gpu if device == "cuda" else on_cpu
 
 
-def measure(case: Case, rounds: int, device: str, caches: str, fresh: bool) -> Samples:
+def measure(case: Case, rounds: int, device: str, cold: bool, fresh: bool) -> Samples:
     """Seconds of every round of every variant, the variants taking turns after three rounds of warming up.
 
-    A timed call follows one of another variant (`turns`), one of its own (`hot`) or 256 MB of other data (`cold`).
+    Every timed call follows one of the same variant, which leaves in the caches what fits there, or, cold, 256 MB of other data.
     """
-    seconds, spoil = timer(device), torch.ones(1 << 26, device=device) if caches == "cold" else None
+    seconds, spoil = timer(device), torch.ones(1 << 26, device=device) if cold else None
     samples: Samples = {name: [] for name in case.variants}
     for i in range(-3, rounds):
         for name, run in case.variants.items():
-            if caches == "hot":
-                case.before()
-                run()
             case.before()
-            if spoil is not None:
+            if spoil is None:
+                run()
+                case.before()
+            else:
                 spoil.add_(1)
             if fresh:
                 zsq.ops.release_memory()
@@ -100,12 +100,7 @@ def main() -> int:
     ap.add_argument("--rounds", type=int, default=15)
     ap.add_argument("--only", help="cases whose name contains this")
     ap.add_argument("--layers", action="store_true", help="layer shapes of real networks instead of the gated cases")
-    ap.add_argument(
-        "--caches",
-        choices=["turns", "hot", "cold"],
-        default="turns",
-        help="what comes before a timed call: another variant, the same one, 256 MB of other data",
-    )
+    ap.add_argument("--cold", action="store_true", help="256 MB go through the caches before every call")
     ap.add_argument("--fresh", action="store_true", help="our results get fresh memory too")
     ap.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes to compile")
     ap.add_argument("--device", default="cpu")
@@ -120,7 +115,7 @@ def main() -> int:
             continue
         if args.no_compile:
             case.variants.pop("compile", None), case.gates.pop("compile", None)
-        result = row(case, measure(case, args.rounds, args.device, args.caches, args.fresh))
+        result = row(case, measure(case, args.rounds, args.device, args.cold, args.fresh))
         ratios = "".join(f"{result['ratios'].get(name, float('nan')):10.1f}x" for name in OTHERS).replace(
             "nanx", "  - "
         )
@@ -137,7 +132,7 @@ def main() -> int:
                 "what": "seconds per call; ratios are time of the other over time of the kernel, of the fastest rounds",
                 "rounds": args.rounds,
                 "device": args.device,
-                "caches": args.caches,
+                "caches": "cold" if args.cold else "hot",
                 "memory": "fresh" if args.fresh else "reused",
                 "environment": record.environment(),
                 "cases": results,
