@@ -1,6 +1,6 @@
 """Time every kernel against plain PyTorch, PyTorch's own operations, torch.compile and a copy: one process, taking turns.
 
-    python -m benchmarks [--rounds N] [--only WORDS] [--layers] [--cold] [--fresh] [--device D] [--json FILE] [--gate]
+    python -m benchmarks [--rounds N] [--only WORDS] [--layers] [--cold] [--memory M] [--device D] [--json FILE] [--gate]
 
 Every timed call follows an untimed one of the same variant (hot caches) or 256 MB of other data (`--cold`).
 Ratios are of the fastest rounds; only they carry over from a busy machine, absolute times do not.
@@ -9,6 +9,7 @@ Ratios are of the fastest rounds; only they carry over from a busy machine, abso
 from __future__ import annotations
 
 import argparse
+import ctypes
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,18 @@ def timer(device: str) -> Callable[[Callable[[], Any]], float]:
         return begin.elapsed_time(end) / 1e3
 
     return on_gpu if device == "cuda" else on_cpu
+
+
+def settle_malloc(keep: bool) -> None:
+    """glibc's malloc maps an array afresh, page fault by page fault, or finds it in the heap, depending on the sizes that the process
+    has freed before: the reference then differs by a factor of four between two runs. Here it always maps 128 KiB and more, which is
+    how every process starts, or never gives anything back.
+    """
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # malloc.h
+    options = {trim_threshold: -1, mmap_max: 0} if keep else {mmap_threshold: 128 << 10}
+    if not (hasattr(libc, "mallopt") and all(libc.mallopt(*option) for option in options.items())):
+        raise SystemExit("this C library's malloc cannot be told when to keep memory: only --device cuda works here")
 
 
 def measure(case: Case, rounds: int, device: str, cold: bool, fresh: bool) -> Samples:
@@ -101,12 +114,20 @@ def main() -> int:
     ap.add_argument("--only", help="cases whose name contains this")
     ap.add_argument("--layers", action="store_true", help="layer shapes of real networks instead of the gated cases")
     ap.add_argument("--cold", action="store_true", help="256 MB go through the caches before every call")
-    ap.add_argument("--fresh", action="store_true", help="our results get fresh memory too")
+    ap.add_argument(
+        "--memory",
+        choices=["mapped", "kept", "fresh"],
+        default="mapped",
+        help="results on the CPU: the others' are mapped afresh and ours kept, as the libraries do it by themselves; all are kept; "
+        "all are fresh",
+    )
     ap.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes to compile")
     ap.add_argument("--device", default="cpu")
     ap.add_argument("--json", type=Path, help="write a record with the environment and every sample")
     ap.add_argument("--gate", action="store_true", help="exit 1 when a ratio falls below its gate (two CPU cores)")
     args = ap.parse_args()
+    if args.device == "cpu":
+        settle_malloc(args.memory == "kept")
     cases = layer_cases(args.device) if args.layers else (make(args.device) for make in CASES)
     results, failed = [], []
     print(f"{'':88s} {'kernel ms':>9s} {'GB/s':>6s}" + "".join(f"{name:>11s}" for name in OTHERS))
@@ -115,7 +136,7 @@ def main() -> int:
             continue
         if args.no_compile:
             case.variants.pop("compile", None), case.gates.pop("compile", None)
-        result = row(case, measure(case, args.rounds, args.device, args.cold, args.fresh))
+        result = row(case, measure(case, args.rounds, args.device, args.cold, args.memory == "fresh"))
         ratios = "".join(f"{result['ratios'].get(name, float('nan')):10.1f}x" for name in OTHERS).replace(
             "nanx", "  - "
         )
@@ -133,7 +154,7 @@ def main() -> int:
                 "rounds": args.rounds,
                 "device": args.device,
                 "caches": "cold" if args.cold else "hot",
-                "memory": "fresh" if args.fresh else "reused",
+                "memory": args.memory if args.device == "cpu" else "pool",
                 "environment": record.environment(),
                 "cases": results,
             },
