@@ -102,9 +102,9 @@ def steps(device: str, results: Path) -> list[Step]:
                 ("memcheck", ()), ("racecheck", ()), ("initcheck", ("--kernel-name", "kernel_substring=zsq")), ("synccheck", ()),
             )
         ),
-        Step("benchmarks", [*bench, "--rounds", "20", "--json", str(results / "kernels_hot.json")], 200),
-        Step("benchmarks, cold", [*bench, "--rounds", "10", "--no-compile", "--cold", "--json", str(results / "kernels_cold.json")], 100),
-        Step("benchmarks, layers", [*bench, "--rounds", "20", "--layers", "--json", str(results / "kernels_layers.json")], 100),
+        Step("benchmarks", [*bench, "--rounds", "20", "--json", str(results / "kernels_hot_pool.json")], 200),
+        Step("benchmarks, cold", [*bench, "--rounds", "10", "--no-compile", "--cold", "--json", str(results / "kernels_cold_pool.json")], 100),
+        Step("benchmarks, layers", [*bench, "--rounds", "20", "--layers", "--json", str(results / "layers_hot_pool.json")], 100),
         Step("end to end", [python, "-m", "benchmarks.cifar10", "--checkpoint", str(found["checkpoint"]), "--data", str(found["data"]),
                             "--recipes", "ait", "--bits", "4", "--out", str(results), "--device", device,
                             *(["--set", "schedule.epochs=2", "schedule.warmup_epochs=1", "schedule.calibration_epochs=1",

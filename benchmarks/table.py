@@ -94,13 +94,14 @@ def kernels() -> str:
 def performance() -> str:
     """One table per record: gates and moonshots beside what was measured."""
     parts = []
-    for path, record in _load("kernels_*.json"):
+    for path, record in _load("kernels_*.json") + _load("layers_*.json"):
         machine = record["environment"]
         where = (
             machine["gpu"] if record.get("device") == "cuda" else f"{machine['threads']} cores, {machine['cpu_isa']}"
         )
         lines = [
-            f"### {where}; {record['caches']} caches, {record['memory']} memory",
+            f"### {where}; {record['caches']} caches, memory {record['memory']}"
+            + (", layers of real networks" if path.name.startswith("layers") else ""),
             "",
             f"[Record](../benchmarks/results/{path.name}), commit {machine['commit'][:7]}, torch {machine['torch']}, "
             f"{record['rounds']} rounds. In brackets: gate, moonshot.",
