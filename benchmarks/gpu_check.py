@@ -103,7 +103,8 @@ def steps(device: str, results: Path) -> list[Step]:
             )
         ),
         Step("benchmarks", [*bench, "--rounds", "20", "--json", str(results / "kernels_hot_pool.json")], 200),
-        Step("benchmarks, cold", [*bench, "--rounds", "10", "--no-compile", "--cold", "--json", str(results / "kernels_cold_pool.json")], 100),
+        Step("benchmarks, cold", [*bench, "--rounds", "10", "--no-compile", "--cold", "--json", str(results / "kernels_cold_pool.json")],
+             100),
         Step("benchmarks, layers", [*bench, "--rounds", "20", "--layers", "--json", str(results / "layers_hot_pool.json")], 100),
         Step("end to end", [python, "-m", "benchmarks.cifar10", "--checkpoint", str(found["checkpoint"]), "--data", str(found["data"]),
                             "--recipes", "ait", "--bits", "4", "--out", str(results), "--device", device,

@@ -151,25 +151,29 @@ def resources() -> str:
 
 
 def draw(path: Path) -> None:
-    """Bars of the gated cases on a logarithmic axis, each with a mark at its gate."""
+    """Bars of the gated cases on a logarithmic axis, with marks at the gate and where everybody's memory is kept."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     _, record = _load("kernels_*_hot_mapped.json")[0]
-    cases = [case for case in record["cases"] if case["gates"]][::-1]
-    figure, axes = plt.subplots(figsize=(9, 0.62 * len(cases) + 1.2))
+    _, kept = _load("kernels_*_hot_kept.json")[0]
+    cases, same = ([case for case in r["cases"] if case["gates"]][::-1] for r in (record, kept))
+    figure, axes = plt.subplots(figsize=(9, 0.62 * len(cases) + 1.4), layout="constrained")
     height = 0.26
     for k, (name, title) in enumerate(OTHERS.items()):
         at = [i + (1 - k) * height for i, case in enumerate(cases) if name in case["ratios"]]
         ratios = [case["ratios"][name] for case in cases if name in case["ratios"]]
         bars = axes.barh(at, ratios, height, label=f"over {title}", color=("#4269d0", "#efb118", "#3ca951")[k])
         axes.bar_label(bars, [_times(r) for r in ratios], padding=3, fontsize=8)
+        others_kept = [case["ratios"][name] for case in same if name in case["ratios"]]
+        axes.plot(others_kept, at, "D", color="white", markeredgecolor="black", markersize=5)
         gates = [(i + (1 - k) * height, case["gates"][name]) for i, case in enumerate(cases) if name in case["gates"]]
         for y, gate in gates:
             axes.plot([gate, gate], [y - height / 2, y + height / 2], color="black", linewidth=2)
     axes.plot([], [], color="black", linewidth=2, label="gate")
+    axes.plot([], [], "D", color="white", markeredgecolor="black", label="the others' memory kept too")
     axes.set_xscale("log")
     axes.set_xlim(1, 4 * max(max(c["ratios"].get(n, 0) for n in OTHERS) for c in cases))
     axes.set_yticks(
@@ -178,8 +182,7 @@ def draw(path: Path) -> None:
         fontsize=8,
     )
     axes.set_xlabel("times as fast (two CPU cores, fastest rounds)")
-    axes.legend(fontsize=8, loc="upper right")
-    figure.tight_layout()
+    figure.legend(fontsize=8, loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=110)
 
 
