@@ -104,7 +104,7 @@ def test_act(seeded: Kernels, n: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 1023, 30_011])
+@pytest.mark.parametrize("n", [1, 1023, 30_011, 300_011])
 def test_act_running(seeded: Kernels, n: int, dtype: torch.dtype, plain: bool) -> None:
     got = [torch.tensor([v], dtype=dtype) for v in (9.0, -9.0, 1.0)]  # lo and hi mean nothing before the first update
     expected = [t.clone() for t in got]

@@ -96,7 +96,7 @@ def test_act_of_16_bits(seeded: Kernels, n: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("n", [1, 1023, 30_011])
+@pytest.mark.parametrize("n", [1, 1023, 30_011, 300_011])
 def test_running_of_16_bits(seeded: Kernels, n: int, dtype: torch.dtype, plain: bool) -> None:
     got = [torch.tensor([v]) for v in (9.0, -9.0, 1.0)]
     expected = [t.clone() for t in got]

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <utility>
 #ifdef __CUDACC__
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 // ZSQ_SHARED(float, tile, [32][33]);   ZSQ_SHARED(int, is_last);
 #define ZSQ_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
@@ -25,7 +26,23 @@ struct LaunchConfig {
   int threads;
   size_t shared_bytes = 0;
   cudaStream_t stream = nullptr;
+  bool cooperative = false;  // all blocks run at the same time and may wait for each other
 };
+
+// Blocks of a kernel that can run at the same time on the current device; 0 if it cannot launch them cooperatively.
+template <class... P>
+int64_t resident_blocks([[maybe_unused]] void (*kernel)(P...), [[maybe_unused]] int threads) {
+#ifdef __CUDACC__
+  int device = 0, processors = 0, able = 0, blocks = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&able, cudaDevAttrCooperativeLaunch, device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
+                     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0) == cudaSuccess;
+  return known && able ? int64_t(blocks) * processors : 0;
+#else
+  return 8;  // few enough for the thread sanitizer
+#endif
+}
 
 // The parameter types come from the kernel and the arguments convert to them: no void** arrays, no silent mismatch.
 template <class... P, class... A>
@@ -38,12 +55,17 @@ cudaError_t launch(const LaunchConfig& c, void (*kernel)(P...), A&&... a) {
   config.blockDim = dim3(static_cast<unsigned>(c.threads));
   config.dynamicSmemBytes = c.shared_bytes;
   config.stream = c.stream;
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  config.attrs = &together;
+  config.numAttrs = c.cooperative ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(std::forward<A>(a))...);
 #else
   std::tuple<P...> t{static_cast<P>(std::forward<A>(a))...};
   auto body = [&] { std::apply(kernel, t); };
   hexec::run(
-      {dim3(static_cast<unsigned>(c.blocks)), dim3(static_cast<unsigned>(c.threads)), c.shared_bytes, false},
+      {dim3(static_cast<unsigned>(c.blocks)), dim3(static_cast<unsigned>(c.threads)), c.shared_bytes, c.cooperative},
       [](void* p) { (*static_cast<decltype(body)*>(p))(); }, &body);
   return cudaSuccess;
 #endif
