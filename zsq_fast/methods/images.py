@@ -70,7 +70,7 @@ def crop_boxes(count: int, height: int, width: int, generator: torch.Generator, 
     whole_w, whole_h = (min(width, round(height * CROP_RATIOS[1])), min(height, round(width / CROP_RATIOS[0])))
     # The first that fits; the last candidate always does.
     w, h = F.pad(w, (0, 1), value=whole_w), F.pad(h, (0, 1), value=whole_h)
-    order = torch.arange(CROP_ATTEMPTS, -1, -1, device=u.device)
+    order = torch.arange(CROP_ATTEMPTS + 1, 0, -1, device=u.device)
     first = (F.pad(fits, (0, 1), value=True) * order).argmax(1, keepdim=True)
     w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
     central = first[:, 0] == CROP_ATTEMPTS
@@ -456,7 +456,7 @@ def _tensors_sha256(tensors: Mapping[str, Tensor], text: str = "") -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
