@@ -210,6 +210,16 @@ def test_classifier_is_found_by_structure(head):
     make(renamed, **INTRAQ)
 
 
+@pytest.mark.parametrize("source, name, head", [
+    ("torchvision.models", "resnet18", "fc"),
+    ("torchvision.models", "mobilenet_v3_small", "classifier.3"),  # squeeze-and-excitation: 1x1 convolutions on pooled features
+    ("pytorchcv.models.mobilenetv2", "mobilenetv2_w1", "output"),
+])  # fmt: skip
+def test_classifiers_of_known_networks(source, name, head):
+    network = getattr(pytest.importorskip(source), name)().eval()
+    assert find_classifier(network, torch.zeros(1, 3, 224, 224)) is network.get_submodule(head)
+
+
 def test_network_without_pooled_features():
     network = nn.Sequential(*tiny()[:-3], nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(UnsupportedModelError, match=r"needs pooled features.*'6'"):

@@ -143,6 +143,20 @@ class Images:
     """Images optimised from noise before the student trains (ZeroQ, IntraQ, HAST); hast_family.md sections 2, 4.1 and 5.1.
 
     Each `*_weight` switches its loss on; 0 leaves it out, and what belongs to it has no effect.
+
+    Attributes:
+        count, batch_size, iterations: images in all, images optimised together, Adam steps of each batch.
+        lr, patience, plateau_factor, min_lr: Adam's rate; after more than `patience` steps without a better loss it is
+            multiplied by `plateau_factor`, never below `min_lr` (torch's ReduceLROnPlateau, relative threshold 1e-4).
+        init: "normal", N(0, 1), or "zeroq", about uniform in +-0.0235 (its slip: divided by the variance).
+        statistics: of batch-norm inputs; "batch": mean and biased variance over the batch, averaged over layers and channels
+            (GDFQ family); "image": ZeroQ's mean and unbiased deviation of each image, summed over layers and channels.
+        input_weight: ZeroQ's per-image statistics of the image itself, against mean 0 and deviation 1.
+        hard_weight, hard_gamma: HAST's beta and gamma, `beta * mean((1 - p_y)^gamma * CE)`; gamma 0 is plain CE.
+        soft_weight, soft_floor: IntraQ's soft inception loss; the targets are 1 or, every other time, U(soft_floor, 1).
+        distance_weight, distance_low, distance_high: IntraQ's marginal distance constraint, in cosine distances.
+        crop_probability, crop_scale, flip: IntraQ's local object reinforcement; the share of iterations that see every image
+            through a random resized crop of this share of its area, mirrored with probability `flip`.
     """
 
     enabled: bool = False
