@@ -92,7 +92,7 @@ def quantize(
             options |= {"seed": run.info["seed"], "input_size": run.info["input_size"]}
             return _run(Trainer(teacher, Recipe.from_dict(run.recipe), **options), run)
     trainer = Trainer(teacher, recipe, **options)  # before the directory: a model that is refused leaves nothing behind
-    with RunDir.create(run_dir, recipe.to_dict(), {"seed": seed, "input_size": list(input_size)}) as run:
+    with RunDir.create(run_dir, trainer.recipe.to_dict(), {"seed": seed, "input_size": list(input_size)}) as run:
         return _run(trainer, run)
 
 
