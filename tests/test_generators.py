@@ -94,24 +94,24 @@ def test_wrong_options(option, words):
 # ---- sizes -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "width, disentangle, first, total",
-    [
-        (512, False, 206, 207.1),
-        (1280, False, 514, 516.6),
-        (2048, False, 822, 825.4),
-        (512, True, 40.5, 42.0),
-        (2048, True, 40.5, 43.7),
-    ],
-)
-def test_qimera_sizes(width, disentangle, first, total):
+@pytest.mark.parametrize("width, millions_in_fc", [(512, 206), (1280, 514), (2048, 822)])
+@pytest.mark.parametrize("disentangle", [False, True])
+def test_qimera_sizes(width, millions_in_fc, disentangle):
     """ait_family.md 5.2: R18 Linear 512 -> 401,408; about 42 to 44 million in all with the mapping."""
     spec = recipes.Generator(kind="qimera", latent=width, conditional_norms=True, disentangle=disentangle)
     with torch.device("meta"):
         g = build_generator(spec, 1000, (3, 224, 224))
-    assert g.fc.weight.shape == (401_408, 100 if disentangle else width)
-    assert millions(g.fc) == pytest.approx(first, abs=0.5) and millions(g) == pytest.approx(total, abs=0.06)
-    assert hasattr(g.mapping, "weight") == disentangle
+    read = 100 if disentangle else width
+    assert g.fc.weight.shape == (401_408, read)
+    convolutions = 128 * (128 * 9 + 1) + 64 * (128 * 9 + 1) + 3 * (64 * 9 + 1)
+    norms, mapping = 2 * 1000 * (128 + 128 + 64), disentangle * 100 * (width + 1)
+    want = (read + 1) * 401_408 + 1000 * width + mapping + norms + convolutions
+    assert sum(p.numel() for p in g.parameters()) == want
+    assert (
+        41.9 < want / 1e6 < 44
+        if disentangle
+        else round(401_408 * width / 1e6) == pytest.approx(millions_in_fc, abs=0.5)
+    )
 
 
 @pytest.mark.parametrize("classes, total", [(10, 1.05), (100, 1.06)])
@@ -249,7 +249,7 @@ def test_classifier_is_found_by_structure():
     conv.append(nn.Linear(4, 4))
     assert torch.equal(classifier_rows(conv, 4), conv[4].weight)
     assert torch.equal(classifier_rows(conv, 6), conv[0].weight.flatten(1))  # the number of classes decides
-    with pytest.raises(UnsupportedModelError, match="no 1x1 nn.Conv2d with 7 outputs"):
+    with pytest.raises(UnsupportedModelError, match=r"no 1x1 nn\.Conv2d with 7 outputs"):
         classifier_rows(conv, 7)
 
 
@@ -308,7 +308,9 @@ def test_operations(name):
         )
     h = F.batch_norm(h, None, None, training=True, eps=0.8)
     h = h * branch.norm.gamma(y)[:, :, None, None] + branch.norm.beta(y)[:, :, None, None]
-    kernel, dilation, padding = {"N": (1, 1, 0), "B": (1, 1, 0), "c1": (1, 1, 0), "c3": (3, 1, 1), "c5": (5, 1, 2), "d3": (3, 2, 2), "d5": (5, 2, 4)}[name]  # fmt: skip
+    kernel, dilation, padding = {
+        "c1": (1, 1, 0), "c3": (3, 1, 1), "c5": (5, 1, 2), "d3": (3, 2, 2), "d5": (5, 2, 4),
+    }.get(name, (1, 1, 0))  # fmt: skip
     assert branch.conv.kernel_size == (kernel, kernel)
     h = F.conv2d(F.leaky_relu(h, 0.2), branch.conv.weight, branch.conv.bias, padding=padding, dilation=dilation)
     torch.testing.assert_close(branch(x, y), h)
@@ -321,7 +323,8 @@ def test_cell_wiring():
     factors = [float(p) for p in (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)]
     for edge, factor in zip(cell.edges, factors):
         edge.forward = lambda x, labels, f=factor: f * x
-    n = cell(torch.ones(1), [torch.full((1,), v) for v in (100.0, 1e4, 1e6)], torch.zeros(1))
+    one = torch.ones(1, dtype=torch.float64)
+    n = cell(one, [v * one for v in (100.0, 1e4, 1e6)], one)
     n0, n1 = 2.0, 3.0
     n2 = 5 * n0 + 7 * n1 + 19 * 100 + 23 * 1e4 + 29 * 1e6
     n3 = 11 * n0 + 13 * n1 + 17 * n2 + 31 * 100 + 37 * 1e4 + 41 * 1e6
@@ -359,15 +362,22 @@ def test_published_genotypes_give_normalised_images(name, device):
 
 
 def test_search_lowers_its_loss_and_finds_a_generator():
-    r = recipe("autorecon", "search_steps=30", "search_lr=0.1", "genotype=search")
+    teacher = tiny()
+    teacher[8].weight.data *= 20  # decided enough for a cross entropy that can fall
+    r = recipe("autorecon", "search_steps=40", "search_lr=0.1", "lr=0.01", "genotype=search")
     losses: list[torch.Tensor] = []
-    found = search_generator(tiny(), r, SIZE, 3, losses=losses)
+    found = search_generator(teacher, r, SIZE, 3, losses=losses)
     loss = torch.stack(losses)
-    assert loss.isfinite().all() and loss[-8:].mean() < 0.9 * loss[:8].mean()
-    assert read_genotype(json.dumps(found)) == found and found != search_generator(tiny(), r, SIZE, 4)
-    assert found == search_generator(tiny(), r, SIZE, 3)
+    assert loss.isfinite().all() and loss[-8:].mean() < 0.8 * loss[:8].mean(), loss
+    assert read_genotype(json.dumps(found)) == found
     g = build_generator(replace(r.generator, genotype=json.dumps(found)), 4, SIZE)
     assert g(torch.randn(4, 100), torch.arange(4)).shape == (4, *SIZE)
+
+
+def test_search_follows_its_seed():
+    r = recipe("autorecon", "search_steps=4", "genotype=search")
+    one, two, other = (search_generator(tiny(), r, SIZE, seed) for seed in (3, 3, 4))
+    assert one == two != other
 
 
 def test_logits_get_the_gradient_of_their_share():
@@ -394,7 +404,7 @@ def test_logits_get_the_gradient_of_their_share():
 
 def test_search_never_disconnects_a_cell():
     net = SuperNet(4, SIZE, 6, 0.8)
-    assert net.genotype()["ups"] == ["NN"] * 3
+    assert net.genotype()["ops"] == ["skip skip skip skip skip"] * 3  # undecided: "nothing" needs more than half
     for logits in net.logits:
         logits.data[0] = 5.0  # N, nothing, no cross-up
     net.logits[4].data[5] = 1.0

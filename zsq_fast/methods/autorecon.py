@@ -222,7 +222,7 @@ class SuperNet(AutoRecon):
     def __init__(self, num_classes: int, input_size: Sequence[int], latent: int, eps: float):
         space = [[tuple(UPS)] * 2 + [OPERATIONS] * 5 + [CROSS] * (6 if cell else 0) for cell in range(3)]
         super().__init__(space, num_classes, input_size, latent, eps)
-        self.edges = [edge for cell in self.cells for edge in cell.edges]
+        self.edges = [m for m in self.modules() if isinstance(m, Edge)]  # in the order of a genotype, cell by cell
         self.logits = [torch.zeros(len(edge.candidates), device="cpu", requires_grad=True) for edge in self.edges]
 
     def choose(self, seed: int, temperature: float) -> None:
@@ -243,8 +243,17 @@ class SuperNet(AutoRecon):
             edge.gate = gate
 
     def genotype(self) -> Genotype:
-        """The likeliest candidate of every edge; where they leave a cell's output without input, the best operation from node 0."""
-        order = [[edge.candidates[i] for i in v.argsort(descending=True)] for edge, v in zip(self.edges, self.logits)]
+        """The likeliest candidate of every edge.
+
+        "Nothing" counts only with more than half of the probability: it has no gradient when drawn, so its logit says little by
+        itself (DARTS leaves it out for that reason). Where a cell's output would get no input, its best operation on node 0 stays.
+        """
+        order = []
+        for edge, logits in zip(self.edges, self.logits):
+            share = logits.detach().softmax(0)
+            if edge.candidates[0] in (NONE, NO_UP) and share[0] <= 0.5:
+                share[0] = 0
+            order.append([edge.candidates[i] for i in share.argsort(descending=True, stable=True)])
         found: Genotype = {"ups": [], "ops": [], "cross": []}
         for start, stop in ((0, 7), (7, 20), (20, 33)):
             best = [names[0] for names in order[start:stop]]

@@ -44,10 +44,10 @@ class Generator(nn.Module):
         width: int | None = None,
     ):
         super().__init__()
-        channels, height, width_ = input_size
-        if height % 4 or width_ % 4:
-            raise UsageError(f"the generator needs image sizes that are multiples of 4, got {height} x {width_}")
-        self.kind, self.latent, self.base = kind, latent, (height // 4, width_ // 4)
+        channels, *size = input_size
+        if size[0] % 4 or size[1] % 4:
+            raise UsageError(f"the generator needs image sizes that are multiples of 4, got {size[0]} x {size[1]}")
+        self.kind, self.latent, self.base = kind, latent, (size[0] // 4, size[1] // 4)
         if kind == "plain":
             self.embedding = nn.Embedding(num_classes, latent)
         self.fc = nn.Linear(width or latent, 128 * self.base[0] * self.base[1])
@@ -117,10 +117,9 @@ class Qimera(Generator):
             mix: `[B, K]`, the weights of the K classes, each row with the sum 1; None when not superposed.
         """
         u = self.mapping(self.embed(noise, labels, mix))
+        # The published code averages the K weighted scales and shifts instead of summing them.
         if mix is not None and self.spec.affine_scaling == "faithful":
-            mix = (
-                mix / mix.shape[1]
-            )  # the published code averages the weighted scales and shifts instead of summing them
+            mix = mix / mix.shape[1]
         return self.decode(u, labels, mix)
 
 
@@ -131,11 +130,11 @@ def classifier_rows(model: nn.Module, num_classes: int) -> Tensor:
         UnsupportedModelError: there is neither.
     """
     layers = list(model.modules())[::-1]
-    linear = [m for m in layers if isinstance(m, nn.Linear)]
-    pointwise = [m for m in layers if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1]
-    for layer in (*linear, *pointwise):
-        if layer.weight.shape[0] == num_classes:
-            return layer.weight.detach().flatten(1)
+    linear = [m.weight for m in layers if isinstance(m, nn.Linear)]
+    pointwise = [m.weight for m in layers if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1]
+    for weight in (*linear, *pointwise):
+        if weight.shape[0] == num_classes:
+            return weight.detach().flatten(1)
     raise UnsupportedModelError(
         f"no classifier was found to take embeddings from: the model has no nn.Linear and no 1x1 nn.Conv2d with {num_classes} "
         'outputs; give their width as generator.latent and use generator.embedding = "random".'
