@@ -72,6 +72,9 @@ class Schedule:
         return self.epochs * self.iterations
 
 
+QUIRK = ("faithful", "corrected")  # as the published code computes it, or as it evidently was meant
+
+
 @dataclass(frozen=True)
 class Generator:
     kind: str = "plain"
@@ -80,10 +83,27 @@ class Generator:
     betas: tuple[float, float] = (0.5, 0.999)
     ce_weight: float = 1.0
     bns_weight: float = 0.1
+    norm_eps: str = "faithful"
+    # Of kind "qimera"
+    conditional_norms: bool = False
+    superpose_probability: float = 0.4
+    superposed_classes: int = 2
+    embedding: str = "random"
+    noise_scale: float = 1.0
+    disentangle: bool = False
+    embedding_norm: str = "faithful"
+    affine_scaling: str = "faithful"
+    # Of kind "autorecon"
+    genotype: str = "cifar10_resnet20"
+    search_steps: int = 2000
+    search_lr: float = 3e-3
+    search_temperature: float = 5.0
 
     def __post_init__(self) -> None:
-        _require(self.kind in ("plain", "conditional"), "generator.kind", "'plain' or 'conditional'", self.kind)
-        _require(self.latent >= 1, "generator.latent", "at least 1", self.latent)
+        kinds = ("plain", "conditional", "qimera", "autorecon")
+        _require(self.kind in kinds, "generator.kind", "'plain', 'conditional', 'qimera' or 'autorecon'", self.kind)
+        least = {"qimera": 0, "autorecon": 3}.get(self.kind, 1)
+        _require(self.latent >= least, "generator.latent", f"at least {least} for kind '{self.kind}'", self.latent)
         _require(self.lr > 0, "generator.lr", "positive", self.lr)
         _require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
@@ -91,6 +111,20 @@ class Generator:
             "two numbers in [0, 1)",
             self.betas,
         )
+        for name in ("norm_eps", "embedding_norm", "affine_scaling"):
+            _require(
+                getattr(self, name) in QUIRK, f"generator.{name}", "'faithful' or 'corrected'", getattr(self, name)
+            )
+        _require(
+            self.embedding in ("random", "teacher"), "generator.embedding", "'random' or 'teacher'", self.embedding
+        )
+        p = self.superpose_probability
+        _require(0 <= p <= 1, "generator.superpose_probability", "in [0, 1]", p)
+        _require(self.noise_scale >= 0, "generator.noise_scale", "at least 0", self.noise_scale)
+        for name in ("superposed_classes", "search_steps"):
+            _require(getattr(self, name) >= 1, f"generator.{name}", "at least 1", getattr(self, name))
+        for name in ("search_lr", "search_temperature"):
+            _require(getattr(self, name) > 0, f"generator.{name}", "positive", getattr(self, name))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zsq_fast import nn as znn
@@ -18,7 +17,8 @@ from zsq_fast.errors import Interrupted, TrainingError, UnsupportedModelError, U
 from zsq_fast.losses import kd_kl
 from zsq_fast.methods.meters import Meters
 from zsq_fast.methods.recipe import Recipe
-from zsq_fast.methods.synthesis import Batch, Synthesis
+from zsq_fast.methods.search import settle_genotype
+from zsq_fast.methods.synthesis import Batch, Synthesis, label_ce
 from zsq_fast.nn.taps import look_untrained
 from zsq_fast.optim import GISGD
 from zsq_fast.runs import Progress, RunDir, StopRequest
@@ -123,6 +123,7 @@ class Trainer:
         self.student = znn.convert(teacher, quant.weight_bits, quant.act_bits, ema=quant.ema, input_size=input_size)
         self.student.eval().requires_grad_(True).to(memory_format=self.layout)
         self.summary = znn.summarize(self.student)
+        self.recipe = recipe = settle_genotype(recipe, teacher, self.input_size, seed, self.layout)
         if share is not None:
             theirs = (share.recipe.generator, share.recipe.schedule, share.seed, share.input_size, share.layout)
             mine = (recipe.generator, recipe.schedule, seed, self.input_size, self.layout)
@@ -170,7 +171,7 @@ class Trainer:
         if spec.kd_weight:
             loss = loss + spec.kd_weight * kd_kl(logits, batch.teacher_logits, spec.temperature, spec.kd_reduction)
         if spec.ce_weight:
-            loss = loss + spec.ce_weight * F.cross_entropy(logits, batch.labels)
+            loss = loss + spec.ce_weight * label_ce(logits, batch.labels)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
