@@ -126,6 +126,15 @@ class Student:
 
 
 @dataclass(frozen=True)
+class Images:
+    enabled: bool = False
+    count: int = 5120
+    batch_size: int = 256
+    iterations: int = 1000
+    lr: float = 0.5
+
+
+@dataclass(frozen=True)
 class Inundation:
     enabled: bool = False
     threshold: float = 1e-3
@@ -147,6 +156,7 @@ class Recipe:
     quant: Quant = field(default_factory=Quant)
     schedule: Schedule = field(default_factory=Schedule)
     generator: Generator = field(default_factory=Generator)
+    images: Images = field(default_factory=Images)
     student: Student = field(default_factory=Student)
     inundation: Inundation = field(default_factory=Inundation)
 
