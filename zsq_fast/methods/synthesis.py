@@ -25,13 +25,14 @@ def derive_seed(seed: int, *purpose: object) -> int:
 
 
 class Batch(NamedTuple):
-    """What one iteration hands to the students, detached: images `[B, C, H, W]`, labels `[B]`, logits `[B, classes]`."""
+    """What one iteration hands to the students, detached: images `[B, C, H, W]`, labels `[B]`; from the generator also the
+    teacher's logits `[B, classes]` and the generator's losses."""
 
     images: Tensor
     labels: Tensor
-    teacher_logits: Tensor
-    generator_ce: Tensor
-    generator_bns: Tensor
+    teacher_logits: Tensor | None = None
+    generator_ce: Tensor | None = None
+    generator_bns: Tensor | None = None
 
 
 class Synthesis:

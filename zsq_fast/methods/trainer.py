@@ -1,4 +1,4 @@
-"""The training loop of the generator family: one generator step, then one student step on the very same images."""
+"""The training loop: generator steps that calibrate the student, then student steps on generated or on optimised images."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zsq_fast import nn as znn
 from zsq_fast.errors import Interrupted, TrainingError, UnsupportedModelError, UsageError
-from zsq_fast.losses import kd_kl
+from zsq_fast.methods.batches import ImageBatches, obtain_images
+from zsq_fast.methods.images import ImageSet
 from zsq_fast.methods.meters import Meters
 from zsq_fast.methods.recipe import Recipe
+from zsq_fast.methods.steps import StudentStep
 from zsq_fast.methods.synthesis import Batch, Synthesis
 from zsq_fast.nn.taps import look_untrained
 from zsq_fast.optim import GISGD
@@ -72,6 +73,7 @@ class Trainer:
             several times faster in it.
         force: go on with batch-norm statistics that look untrained.
         share: take the images of this trainer instead of making the same ones again (see `run_together`).
+        images: optimised images to train on instead of making them (`recipe.images.enabled`).
 
     Raises:
         UnsupportedModelError: nothing to quantize, no usable batch norm, NaN weights, or untrained statistics.
@@ -93,6 +95,7 @@ class Trainer:
         channels_last: bool | None = None,
         force: bool = False,
         share: Trainer | None = None,
+        images: ImageSet | None = None,
     ):
         if len(input_size) != 3 or min(input_size) < 1:
             raise UsageError(f"input_size must be (channels, height, width), got {tuple(input_size)}")
@@ -124,15 +127,21 @@ class Trainer:
         self.student.eval().requires_grad_(True).to(memory_format=self.layout)
         self.summary = znn.summarize(self.student)
         if share is not None:
-            theirs = (share.recipe.generator, share.recipe.schedule, share.seed, share.input_size, share.layout)
-            mine = (recipe.generator, recipe.schedule, seed, self.input_size, self.layout)
+            theirs, mine = (
+                (t.recipe.generator, t.recipe.images, t.recipe.schedule, t.seed, t.input_size, t.layout)
+                for t in (share, self)
+            )
             if theirs != mine or share.synthesis.source is not teacher:
                 raise UsageError(
-                    "trainers can share images only with the same teacher, generator, schedule, seed, input size and layout"
+                    "trainers can share images only with the same teacher, generator, images, schedule, seed, input size and "
+                    "layout"
                 )
             self.synthesis: Synthesis = share.synthesis
         else:
             self.synthesis = Synthesis(teacher, recipe, input_size, seed, self.layout)
+        self.image_set = images  # None: made, or read from the run directory, when the run begins
+        self.batches: ImageBatches | None = None
+        self.losses = StudentStep(self.student, self.synthesis.teacher, recipe.student, input_size)
         self._build_optimizers()
         self.meters = Meters(device, len(self.inundated))
         self.state = _State()
@@ -163,32 +172,40 @@ class Trainer:
     # ---- one iteration ----------------------------------------------------------------------------------------------
 
     def _student_step(self, batch: Batch) -> None:
-        spec = self.recipe.student
-        with znn.weights_quantized_together(self.student):
-            logits = self.student(batch.images)
-        loss = logits.new_zeros(())
-        if spec.kd_weight:
-            loss = loss + spec.kd_weight * kd_kl(logits, batch.teacher_logits, spec.temperature, spec.kd_reduction)
-        if spec.ce_weight:
-            loss = loss + spec.ce_weight * F.cross_entropy(logits, batch.labels)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, agreement = self.losses.backward(batch)
         for optimizer in self.optimizers:  # plain SGD first, then inundation (ait_family.md 7.2)
             optimizer.step()
-        agreement = (logits.argmax(1) == batch.teacher_logits.argmax(1)).float().mean()
         self.meters.add(student_loss=loss, agreement=agreement)
         if self.inundated:
             self.meters.add_inundation(self.gi.changed, self.gi.kappa)
 
-    def _iterate(self, batch: Batch) -> None:
-        """What one batch means to this student, and the bookkeeping of the epoch it ends."""
+    @property
+    def _wants_generator(self) -> bool:
+        """Whether the next iteration is one of the generator's: all of them, or the warm-up before optimised images."""
+        schedule = self.recipe.schedule
+        return not self.recipe.images.enabled or self.state.step < schedule.warmup_epochs * schedule.iterations
+
+    def _use_images(self, images: ImageSet) -> None:
+        spec = self.recipe.student
+        size, device = spec.batch_size or self.recipe.schedule.batch_size, self.synthesis.device
+        self.image_set = images
+        self.batches = ImageBatches(images, size, spec.crop_scale, spec.flip, self.seed, device, self.layout)
+
+    def _iterate(self, batch: Batch | None) -> None:
+        """What one batch of the generator means to this student (None: it takes one of its own), and the bookkeeping of the
+        epoch it ends."""
         started, schedule = time.perf_counter(), self.recipe.schedule
         epoch = self.state.step // schedule.iterations
         if epoch != self._scheduled_epoch:
             self._set_schedule(epoch)
         evaluating = self._evaluation_seconds
-        self.meters.add(generator_ce=batch.generator_ce, generator_bns=batch.generator_bns)
+        if batch is None:
+            assert self.batches is not None
+            batch = self.batches.batch(self.state.step - schedule.warmup_epochs * schedule.iterations)
+        elif batch.generator_ce is not None and batch.generator_bns is not None:
+            self.meters.add(generator_ce=batch.generator_ce, generator_bns=batch.generator_bns)
         if epoch < schedule.calibration_epochs:
             with torch.no_grad(), znn.calibrating(self.student):
                 self.student(batch.images)
@@ -338,13 +355,19 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
 def run_together(trainers: Sequence[Trainer]) -> list[Result]:
     """Train several students in lockstep on the images of one synthesis; each result equals that of a run of its own.
 
-    The generator never looks at a student, so students of different bits or losses (`Trainer(..., share=first)`) need the
-    images only once. `seconds` of each result counts the synthesis in full.
+    Neither the generator nor the optimised images depend on a student, so students of different bits or losses
+    (`Trainer(..., share=first)`) need the images only once. `seconds` of each result counts the synthesis in full.
     """
     first = trainers[0]
     schedule, synthesis = first.recipe.schedule, first.synthesis
     if any(t.synthesis is not synthesis or t.state.step != first.state.step for t in trainers):
         raise UsageError("run_together needs trainers that share one synthesis and stand at the same step")
+    if first.recipe.images.enabled:
+        given = next((t.image_set for t in trainers if t.image_set is not None), None)
+        runs = [t.run_dir for t in trainers if t.run_dir is not None]
+        images = obtain_images(synthesis, first.recipe, first.input_size, first.layout, runs, given)
+        for trainer in trainers:
+            trainer._use_images(images)
     first.progress.start(schedule.generator_steps, first.recipe.name, done=first.state.step)
     try:
         with StopRequest() as stop:
@@ -352,7 +375,7 @@ def run_together(trainers: Sequence[Trainer]) -> list[Result]:
                 if trainer.state.step == 0:
                     trainer._measure("float", synthesis.teacher)
             while first.state.step < schedule.generator_steps:
-                batch = synthesis.step(first.state.step)
+                batch = synthesis.step(first.state.step) if first._wants_generator else None
                 for trainer in trainers:
                     trainer._iterate(batch)
                 if stop.signal is not None:

@@ -187,8 +187,10 @@ class RunDir:
         """Removes the files of a run that never began, and the directory if nothing else is in it."""
         self._metrics.close()
         shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
-        with contextlib.suppress(OSError):  # what cannot be removed stays; the error that led here is the news
-            for name in (MANIFEST, RECIPE, INFO, METRICS):
+        with contextlib.suppress(
+            OSError, BadFileError
+        ):  # what cannot be removed stays; the error that led here is the news
+            for name in (*self._files(), MANIFEST, METRICS):
                 (self.path / name).unlink(missing_ok=True)
             self.close()
             (self.path / LOCK).unlink(missing_ok=True)
