@@ -155,15 +155,6 @@ class Student:
 
 
 @dataclass(frozen=True)
-class Images:
-    enabled: bool = False
-    count: int = 5120
-    batch_size: int = 256
-    iterations: int = 1000
-    lr: float = 0.5
-
-
-@dataclass(frozen=True)
 class Inundation:
     enabled: bool = False
     threshold: float = 1e-3
@@ -177,6 +168,61 @@ class Inundation:
 
 
 @dataclass(frozen=True)
+class Images:
+    """Images optimised from noise before the student trains (ZeroQ, IntraQ, HAST); hast_family.md sections 2, 4.1 and 5.1.
+
+    Each `*_weight` switches its loss on; 0 leaves it out, and what belongs to it has no effect.
+    """
+
+    enabled: bool = False
+    count: int = 5120
+    batch_size: int = 256
+    iterations: int = 1000
+    lr: float = 0.5
+    patience: int = 50
+    plateau_factor: float = 0.1
+    min_lr: float = 1e-4
+    init: str = "normal"
+    statistics: str = "batch"
+    bns_weight: float = 1.0
+    input_weight: float = 0.0
+    hard_weight: float = 0.0
+    hard_gamma: float = 2.0
+    soft_weight: float = 0.0
+    soft_floor: float = 1.0
+    distance_weight: float = 0.0
+    distance_low: float = 0.0
+    distance_high: float = 2.0
+    crop_probability: float = 0.0
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("count", "batch_size", "iterations"):
+            _require(getattr(self, name) >= 1, f"images.{name}", "at least 1", getattr(self, name))
+        _require(self.lr > 0, "images.lr", "positive", self.lr)
+        _require(self.patience >= 0, "images.patience", "at least 0", self.patience)
+        _require(0 < self.plateau_factor < 1, "images.plateau_factor", "in (0, 1)", self.plateau_factor)
+        _require(0 <= self.min_lr <= self.lr, "images.min_lr", f"from 0 to images.lr ({self.lr})", self.min_lr)
+        _require(self.init in ("normal", "zeroq"), "images.init", "'normal' or 'zeroq'", self.init)
+        _require(self.statistics in ("batch", "image"), "images.statistics", "'batch' or 'image'", self.statistics)
+        weights = [name for name in vars(self) if name.endswith("_weight")]
+        for name in (*weights, "hard_gamma"):
+            _require(getattr(self, name) >= 0, f"images.{name}", "at least 0", getattr(self, name))
+        _require(any(getattr(self, name) for name in weights), "images.bns_weight",
+                 "positive when every other weight is 0", self.bns_weight)  # fmt: skip
+        for name in ("soft_floor", "crop_probability", "flip"):
+            _require(0 <= getattr(self, name) <= 1, f"images.{name}", "in [0, 1]", getattr(self, name))
+        low, high = self.distance_low, self.distance_high
+        _require(
+            0 <= low <= high <= 2, "images.distance_low", f"from 0 to images.distance_high ({high}, at most 2)", low
+        )
+        scale = self.crop_scale
+        _require(len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, "images.crop_scale",
+                 "two shares of the area, ascending, in (0, 1]", scale)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Every number of a run. `to_dict` and `from_dict` are inverse; a run directory holds the resolved form."""
 
@@ -185,9 +231,9 @@ class Recipe:
     quant: Quant = field(default_factory=Quant)
     schedule: Schedule = field(default_factory=Schedule)
     generator: Generator = field(default_factory=Generator)
-    images: Images = field(default_factory=Images)
     student: Student = field(default_factory=Student)
     inundation: Inundation = field(default_factory=Inundation)
+    images: Images = field(default_factory=Images)
 
     def __post_init__(self) -> None:
         epochs, warmup = self.schedule.epochs, self.schedule.warmup_epochs
