@@ -6,7 +6,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 from zsq_fast import nn as znn
 from zsq_fast.errors import Interrupted, TrainingError, UnsupportedModelError, UsageError
-from zsq_fast.methods.batches import ImageBatches, obtain_images
-from zsq_fast.methods.images import ImageSet
+from zsq_fast.methods.batches import ImageBatches
+from zsq_fast.methods.images import ImageSet, cached_images, synthesize_images
 from zsq_fast.methods.meters import Meters
 from zsq_fast.methods.recipe import Recipe
+from zsq_fast.methods.state import State, optimizer_tensors, restore_optimizer
 from zsq_fast.methods.steps import StudentStep
 from zsq_fast.methods.synthesis import Batch, Synthesis
 from zsq_fast.nn.taps import look_untrained
@@ -48,16 +50,6 @@ class Result:
     seconds: float
 
 
-@dataclass
-class _State:
-    """Everything of a run that is not a tensor."""
-
-    step: int = 0
-    seconds: float = 0.0
-    evaluations: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-
 class Trainer:
     """Quantizes one network after a recipe.
 
@@ -73,7 +65,7 @@ class Trainer:
             several times faster in it.
         force: go on with batch-norm statistics that look untrained.
         share: take the images of this trainer instead of making the same ones again (see `run_together`).
-        images: optimised images to train on instead of making them (`recipe.images.enabled`).
+        image_dir: where optimised images (`recipe.images`) are kept and looked for; None takes the run directory's own place.
 
     Raises:
         UnsupportedModelError: nothing to quantize, no usable batch norm, NaN weights, or untrained statistics.
@@ -95,7 +87,7 @@ class Trainer:
         channels_last: bool | None = None,
         force: bool = False,
         share: Trainer | None = None,
-        images: ImageSet | None = None,
+        image_dir: str | PathLike[str] | None = None,
     ):
         if len(input_size) != 3 or min(input_size) < 1:
             raise UsageError(f"input_size must be (channels, height, width), got {tuple(input_size)}")
@@ -139,12 +131,12 @@ class Trainer:
             self.synthesis: Synthesis = share.synthesis
         else:
             self.synthesis = Synthesis(teacher, recipe, input_size, seed, self.layout)
-        self.image_set = images  # None: made, or read from the run directory, when the run begins
-        self.batches: ImageBatches | None = None
+        self.image_dir = image_dir
+        self.batches: ImageBatches | None = None  # there once the run has begun
         self.losses = StudentStep(self.student, self.synthesis.teacher, recipe.student, input_size)
         self._build_optimizers()
         self.meters = Meters(device, len(self.inundated))
-        self.state = _State()
+        self.state = State()
         self.resume_hint = "Trainer.restore() and run() go on from there"
         self._scheduled_epoch = -1
         self._evaluation_seconds = 0.0
@@ -190,7 +182,6 @@ class Trainer:
     def _use_images(self, images: ImageSet) -> None:
         spec = self.recipe.student
         size, device = spec.batch_size or self.recipe.schedule.batch_size, self.synthesis.device
-        self.image_set = images
         self.batches = ImageBatches(images, size, spec.crop_scale, spec.flip, self.seed, device, self.layout)
 
     def _iterate(self, batch: Batch | None) -> None:
@@ -314,10 +305,7 @@ class Trainer:
             "meters": self.meters.state_dict(),
         }
         for name, optimizer in self._all_optimizers().items():
-            saved = optimizer.state_dict()["state"]
-            groups[name] = {
-                f"{i}.{k}": torch.as_tensor(v) for i, entry in saved.items() for k, v in entry.items() if v is not None
-            }
+            groups[name] = optimizer_tensors(optimizer)
         state = {
             "seconds": self.state.seconds,
             "synthesis_seconds": self.synthesis.seconds,
@@ -336,20 +324,10 @@ class Trainer:
         self.synthesis.generator.load_state_dict(groups["generator"])
         self.meters.load_state_dict(groups["meters"])
         for name, optimizer in self._all_optimizers().items():
-            _restore_optimizer(optimizer, groups[name])
+            restore_optimizer(optimizer, groups[name])
         self.synthesis.seconds = state["synthesis_seconds"]
-        self.state = _State(step, state["seconds"], state["evaluations"], state["history"])
+        self.state = State(step, state["seconds"], state["evaluations"], state["history"])
         return step
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Fill the per-parameter state, in each parameter's own memory layout; step counters stay where the optimizer keeps them."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        p = params[int(index)]
-        own = torch.empty_like(p) if value.shape == p.shape and name != "step" else torch.empty_like(value)
-        optimizer.state[p][name] = own.copy_(value)
 
 
 def run_together(trainers: Sequence[Trainer]) -> list[Result]:
@@ -362,10 +340,8 @@ def run_together(trainers: Sequence[Trainer]) -> list[Result]:
     schedule, synthesis = first.recipe.schedule, first.synthesis
     if any(t.synthesis is not synthesis or t.state.step != first.state.step for t in trainers):
         raise UsageError("run_together needs trainers that share one synthesis and stand at the same step")
-    if first.recipe.images.enabled:
-        given = next((t.image_set for t in trainers if t.image_set is not None), None)
-        runs = [t.run_dir for t in trainers if t.run_dir is not None]
-        images = obtain_images(synthesis, first.recipe, first.input_size, first.layout, runs, given)
+    if first.recipe.images.enabled and first.state.step < schedule.generator_steps:
+        images = _make_images(trainers)
         for trainer in trainers:
             trainer._use_images(images)
     first.progress.start(schedule.generator_steps, first.recipe.name, done=first.state.step)
@@ -384,3 +360,24 @@ def run_together(trainers: Sequence[Trainer]) -> list[Result]:
     finally:
         first.progress.stop()
     return [t._result() for t in trainers]
+
+
+def _make_images(trainers: Sequence[Trainer]) -> ImageSet:
+    """The optimised images, made or read from where they are kept; a run that is stopped meanwhile can be resumed."""
+    first, started = trainers[0], time.perf_counter()
+    synthesis, folder, run = first.synthesis, first.image_dir, first.run_dir
+    if folder is None and run is not None:
+        folder = run.image_dir
+    args = (synthesis.source, first.recipe.images, first.input_size, synthesis.num_classes, first.seed)
+    options: dict[str, Any] = dict(layout=first.layout, progress=first.progress)
+    try:
+        images = synthesize_images(*args, **options) if folder is None else cached_images(folder, *args, **options)
+    except Interrupted as stopped:
+        for trainer in trainers:
+            if trainer.state.step == 0:
+                trainer.save()
+        if run is not None:
+            stopped.args = (f"{stopped} Go on with: {first.resume_hint}",)
+        raise
+    synthesis.seconds += time.perf_counter() - started
+    return images
