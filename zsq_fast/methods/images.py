@@ -70,7 +70,7 @@ def crop_boxes(count: int, height: int, width: int, generator: torch.Generator, 
     whole_w, whole_h = (min(width, round(height * CROP_RATIOS[1])), min(height, round(width / CROP_RATIOS[0])))
     # The first that fits; the last candidate always does.
     w, h = F.pad(w, (0, 1), value=whole_w), F.pad(h, (0, 1), value=whole_h)
-    order = torch.arange(CROP_ATTEMPTS, -1, -1, device=u.device)
+    order = torch.arange(CROP_ATTEMPTS + 1, 0, -1, device=u.device)
     first = (F.pad(fits, (0, 1), value=True) * order).argmax(1, keepdim=True)
     w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
     central = first[:, 0] == CROP_ATTEMPTS
@@ -136,7 +136,10 @@ def image_statistics_loss(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         x: `[N, C, H, W]`.
         mean, std: `[C]`, the targets.
     """
-    var, mu = torch.var_mean(x, (2, 3), correction=min(1, x[0, 0].numel() - 1))
+    mu = x.mean((2, 3), keepdim=True)
+    # Detached: deviations from a mean sum to zero, so its gradient through them is none. torch.var is several times slower.
+    var = (x - mu.detach()).square().sum((2, 3)) / max(1, x.shape[2] * x.shape[3] - 1)
+    mu = mu.flatten(1)
     return ((mu - mean).square() + ((var + STD_EPS).sqrt() - std).square()).sum() / len(x)
 
 
@@ -382,7 +385,8 @@ def synthesize_images(
 ) -> ImageSet:
     """Optimise `spec.count` images from noise, batch by batch, with labels drawn uniformly.
 
-    A batch is a function of (seed, its index) alone, and with `spec.distance_weight` of the batches before it.
+    A batch is a function of (seed, its index) alone, and with `spec.distance_weight` of the batches before it. On the CPU it
+    repeats bit for bit; on a GPU torch's convolutions and grid_sample add up gradients in varying order.
 
     Args:
         teacher: float network with BatchNorm2d layers that returns logits `[N, num_classes]`; copied, never changed. The
@@ -456,7 +460,7 @@ def _tensors_sha256(tensors: Mapping[str, Tensor], text: str = "") -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
