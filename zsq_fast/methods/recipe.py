@@ -127,9 +127,20 @@ class Generator:
             _require(getattr(self, name) > 0, f"generator.{name}", "positive", getattr(self, name))
 
 
+_STUDENT_CHOICES = {
+    "kd_reduction": ("mean", "batchmean"),
+    "alignment": ("channel", "direct", "spatial"),
+    "promote_by": ("kl", "fa", "kl+fa"),
+    "teacher_path": ("both", "student"),
+}
+
+
 @dataclass(frozen=True)
 class Student:
     enabled: bool = True
+    batch_size: int = 0
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    flip: float = 0.5
     lr: float = 1e-4
     momentum: float = 0.9
     nesterov: bool = True
@@ -138,25 +149,43 @@ class Student:
     kd_weight: float = 1.0
     temperature: float = 20.0
     kd_reduction: str = "mean"
+    feature_weight: float = 0.0
+    alignment: str = "channel"
+    feature_points: tuple[str, ...] = ()
+    clean_weight: float = 1.0
+    promoted_weight: float = 0.0
+    epsilon: float = 0.01
+    promote_by: str = "kl+fa"
+    teacher_path: str = "both"
 
     def __post_init__(self) -> None:
+        _require(
+            self.batch_size >= 0, "student.batch_size", "at least 1, or 0 for schedule.batch_size", self.batch_size
+        )
+        lowest, highest = self.crop_scale if len(self.crop_scale) == 2 else (0, 0)
+        _require(0 < lowest <= highest <= 1, "student.crop_scale", "two shares of the area in (0, 1]", self.crop_scale)
+        _require(0 <= self.flip <= 1, "student.flip", "a probability", self.flip)
         _require(self.lr > 0, "student.lr", "positive", self.lr)
         _require(0 <= self.momentum < 1, "student.momentum", "in [0, 1)", self.momentum)
         _require(not self.nesterov or self.momentum > 0, "student.nesterov", "false without momentum", self.nesterov)
-        _require(self.weight_decay >= 0, "student.weight_decay", "at least 0", self.weight_decay)
         _require(self.temperature > 0, "student.temperature", "positive", self.temperature)
-        _require(
-            self.kd_reduction in ("mean", "batchmean"),
-            "student.kd_reduction",
-            "'mean' or 'batchmean'",
-            self.kd_reduction,
-        )
-        _require(
-            self.ce_weight > 0 or self.kd_weight > 0,
-            "student.kd_weight",
-            "positive when ce_weight is 0",
-            self.kd_weight,
-        )
+        weights = ("ce_weight", "kd_weight", "feature_weight", "clean_weight", "promoted_weight")
+        for name in (*weights, "weight_decay", "epsilon"):
+            _require(getattr(self, name) >= 0, f"student.{name}", "at least 0", getattr(self, name))
+        for name, choices in _STUDENT_CHOICES.items():
+            words = " or ".join(map(repr, choices))
+            _require(getattr(self, name) in choices, f"student.{name}", words, getattr(self, name))
+        _require(self.ce_weight > 0 or self.kd_weight > 0 or self.feature_weight > 0, "student.kd_weight",
+                 "positive when ce_weight and feature_weight are 0", self.kd_weight)  # fmt: skip
+        _require(self.clean_weight > 0 or self.promoted_weight > 0, "student.clean_weight",
+                 "positive when promoted_weight is 0", self.clean_weight)  # fmt: skip
+        _require(self.feature_weight > 0 or not self.feature_points, "student.feature_points",
+                 "empty when feature_weight is 0", list(self.feature_points))  # fmt: skip
+        if self.promoted_weight:
+            _require(self.epsilon > 0, "student.epsilon", "positive when promoted_weight is", self.epsilon)
+            led = {"kl": self.kd_weight, "fa": self.feature_weight}
+            _require(any(led[name] for name in self.promote_by.split("+")), "student.promote_by",
+                     "a loss whose weight is not 0", self.promote_by)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -258,6 +287,10 @@ class Recipe:
         epochs, warmup = self.schedule.epochs, self.schedule.warmup_epochs
         _require(not self.student.enabled or epochs > warmup, "schedule.epochs",
                  f"more than schedule.warmup_epochs ({warmup}), or the student takes no step", epochs)  # fmt: skip
+        _require(self.student.enabled or not self.images.enabled, "images.enabled",
+                 "false when student.enabled is: nothing would use the images", self.images.enabled)  # fmt: skip
+        _require(self.images.enabled or not self.student.batch_size, "student.batch_size",
+                 "0 when images.enabled is false: the student trains on the generator's batches", self.student.batch_size)  # fmt: skip
 
     @property
     def student_steps(self) -> int:

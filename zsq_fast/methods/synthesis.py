@@ -47,16 +47,17 @@ def label_ce(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class Batch(NamedTuple):
-    """What one iteration hands to the students, detached: images `[B, C, H, W]`, logits `[B, classes]`.
+    """What one iteration hands to the students, detached: images `[B, C, H, W]` and labels; from the generator also the teacher's
+    logits `[B, classes]` and the generator's losses.
 
     The labels are `[B]` int64, or for superposed images (Qimera) soft, `[B, classes]`; `label_ce` takes both.
     """
 
     images: Tensor
     labels: Tensor
-    teacher_logits: Tensor
-    generator_ce: Tensor
-    generator_bns: Tensor
+    teacher_logits: Tensor | None = None
+    generator_ce: Tensor | None = None
+    generator_bns: Tensor | None = None
 
 
 class Synthesis:
