@@ -59,7 +59,7 @@ def search_generator(
         optimizer.zero_grad(set_to_none=True)
         batch = synthesis.step(step)
         optimizer.step()
-        if losses is not None:
+        if losses is not None and batch.generator_ce is not None and batch.generator_bns is not None:
             losses.append(spec.ce_weight * batch.generator_ce + spec.bns_weight * batch.generator_bns)
     if not all(bool(v.isfinite().all()) for v in net.logits):
         raise TrainingError("the search for a generator diverged: try a lower generator.lr or generator.search_lr.")
