@@ -111,9 +111,19 @@ def test_tap_records_what_the_network_overwrites():
     apart = ResNetCifar(8, widths=(4, 4, 4)).eval()
     with FeatureTap(apart, ["layer1.0.bn2"]) as tap:
         apart(torch.randn(1, 3, 8, 8))
-        assert len(tap.features()) == 1 and tap.features() == [] and tap._overwritten == set()  # no copy from now on
+        assert len(tap.features()) == 1 and tap._overwritten == set()  # no copy from now on
+        with pytest.raises(UsageError, match=r"'layer1\.0\.bn2' gives no features: the forward does not run it"):
+            tap.features()  # handed out already
 
 
 def test_tap_refuses():
     with pytest.raises(UsageError, match=r"no module '0\.qq'.*Did you mean '0\.q'"):
         FeatureTap(residual(), ["0.qq"])
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    model = Two()
+    with FeatureTap(model, [""]), pytest.raises(UsageError, match="returns tuple; features are taken from tensors"):
+        model(torch.zeros(1))

@@ -326,6 +326,17 @@ def test_wrong_recipes(change, words):
 # ---- runs --------------------------------------------------------------------------------------------------------------
 
 
+def test_named_feature_points():
+    with pytest.raises(UsageError, match=r"no module '0\.bn'"):
+        Trainer(residual(), recipe("hast", 'student.feature_points=["0.bn"]'), input_size=SIZE)
+    teacher = residual()
+    teacher.unused = nn.Sequential(nn.Identity())
+    teacher.forward = nn.Sequential(*list(teacher)[:5]).forward  # all but the unused one
+    with pytest.raises(UsageError, match="'unused' gives no features"):
+        step = Student(**HAST, feature_points=("unused",))
+        StudentStep(teacher, teacher, step, SIZE)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs(name, device):
     result = Trainer(residual().to(device), recipe(name), input_size=SIZE).run()

@@ -31,7 +31,7 @@ class StudentStep:
         input_size: `(C, H, W)`, to look for feature points where the recipe names none.
 
     Raises:
-        UsageError, UnsupportedModelError: the feature points named are not there, or none are found.
+        UsageError, UnsupportedModelError: the feature points named are not there or give no tensor, or none are found.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, spec: recipes.Student, input_size: Sequence[int]):
@@ -40,6 +40,10 @@ class StudentStep:
         if spec.feature_weight:
             self.points = spec.feature_points or znn.feature_points(teacher, input_size)
         self._taps = {network: znn.FeatureTap(network, self.points) for network in (student, teacher)}
+        if spec.feature_points:
+            self._teacher(
+                torch.zeros(1, *input_size, device=next(teacher.parameters()).device)
+            )  # wrong names show at once
 
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Add the gradient to the student's parameters; returns the loss and the share of clean samples on which the

@@ -160,7 +160,13 @@ class FeatureTap:
         self._record.clear()
 
     def features(self) -> list[Tensor]:
-        """What the tapped modules returned since the last call, one tensor per call of a module."""
+        """What the tapped modules returned since the last call, one tensor per call of a module.
+
+        Raises UsageError when one of them was not run.
+        """
+        missing = self._modules.keys() - {name for name, *_ in self._record}
+        if missing:
+            raise UsageError(f"the module '{min(missing)}' gives no features: the forward does not run it.")
         if self._overwritten is None:
             self._overwritten = {name for name, _, passed, version in self._record if passed._version != version}
         features = [out for _, out, _, _ in self._record]
