@@ -335,15 +335,25 @@ def test_flips_alone():
 
 
 def test_one_coin_per_iteration(monkeypatch):
-    calls = []
-    monkeypatch.setattr(module, "random_crops", lambda x, *a: calls.append(len(x)) or random_crops(x, *a))
-    make(count=8, iterations=60, crop_probability=0.5)
-    assert 15 < len(calls) < 45 and set(calls) == {8}
-    calls.clear()
-    make(count=8)
-    assert not calls
-    make(count=8, crop_probability=1.0)
-    assert len(calls) == 5
+    """For the whole batch, and other coins for the next batch."""
+    cropped: list[int] = []
+    iterations: list[bool] = []
+
+    def losses(self, x, task, of=module._Optimiser._losses):
+        iterations.append(bool(cropped))
+        cropped.clear()
+        return of(self, x, task)
+
+    monkeypatch.setattr(module, "random_crops", lambda x, *a: cropped.append(len(x)) or random_crops(x, *a))
+    monkeypatch.setattr(module._Optimiser, "_losses", losses)
+    make(count=16, iterations=60, crop_probability=0.5)
+    first, second = iterations[:61], iterations[61:]
+    assert 15 < sum(first) < 45 and 15 < sum(second) < 45 and first != second
+    assert not first[-1] and not second[-1]  # the record is about whole images
+    for probability, count in ((0.0, 0), (1.0, 5)):
+        iterations.clear()
+        make(count=8, crop_probability=probability)
+        assert sum(iterations) == count
 
 
 # ---- optimisation ------------------------------------------------------------------------------------------------------
@@ -351,8 +361,8 @@ def test_one_coin_per_iteration(monkeypatch):
 
 @pytest.mark.parametrize("patience, factor, min_lr", [(0, 0.5, 0.0), (3, 0.1, 1e-4), (7, 0.3, 0.02)])
 def test_plateau_is_torchs(patience, factor, min_lr, device):
-    losses = torch.randn(400).cumsum(0).abs() * torch.linspace(1, 0.01, 400) + torch.linspace(3, 1, 400)
-    losses[100:140] = losses[99] * (1 - 0.5e-4 * torch.rand(40))  # better, but by less than the threshold
+    falling = [2 * (1 - fall) ** i for fall in (1.5e-4, 0.5e-4, 0.9e-4) for i in range(60)]  # about the threshold
+    losses = torch.cat([torch.tensor(falling), torch.randn(220).abs() * torch.linspace(3, 0.01, 220)])
     losses[200] = float("nan")
     p = nn.Parameter(torch.zeros(1))
     theirs = torch.optim.Adam([p], lr=0.5)
