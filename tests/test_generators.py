@@ -13,7 +13,7 @@ from networks import tiny
 from torch import nn
 
 import zsq_fast as zsq
-from zsq_fast.errors import UnsupportedModelError, UsageError
+from zsq_fast.errors import TrainingError, UnsupportedModelError, UsageError
 from zsq_fast.methods import Recipe, Trainer, load_recipe, search_generator
 from zsq_fast.methods import recipe as recipes
 from zsq_fast.methods.autorecon import OPERATIONS, PUBLISHED, AutoRecon, Branch, Edge, SuperNet, read_genotype
@@ -397,6 +397,16 @@ def test_search_follows_its_seed():
     assert one == two != other
 
 
+def test_a_search_that_diverges_says_so():
+    with pytest.raises(TrainingError, match="the search for a generator diverged"):
+        search_generator(tiny(), recipe("autorecon", "search_steps=3", "lr=1e30"), SIZE, 0)
+
+
+def test_any_recipe_can_be_searched_for():
+    """A Qimera recipe (latent 0: the classifier's width) gives batch, rates and losses; the template then reads 100 numbers."""
+    assert read_genotype(search_generator(tiny(), recipe("qimera", "search_steps=1"), SIZE, 0))
+
+
 def test_logits_get_the_gradient_of_their_share():
     torch.manual_seed(0)
     net = SuperNet(4, SIZE, 6, 0.8)
@@ -486,6 +496,17 @@ def test_every_switch_changes_the_images(name, switch):
         if source is plain:
             expected = batches[1].images
     assert batches[1].images.shape == (8, *SIZE) and not torch.allclose(batches[1].images, expected, atol=1e-4)
+
+
+def test_many_classes_shrink_the_published_affine_terms():
+    """ait_family.md 5.2: almost zero scale at the start for K = 100 to 500, so that images leave the decoder far below unit variance."""
+    spread = {}
+    for quirk in ("faithful", "corrected"):
+        torch.manual_seed(0)
+        g = Qimera(recipes.Generator(kind="qimera", latent=6, conditional_norms=True, affine_scaling=quirk), 4, SIZE, 6)
+        g.conv3.bias.data.zero_()
+        spread[quirk] = g(torch.randn(8, 500, 6), torch.randint(4, (8, 500)), torch.randn(8, 500).softmax(1)).std()
+    assert spread["faithful"] < 0.5 < 0.9 < spread["corrected"]
 
 
 def test_affine_scaling_changes_the_images():

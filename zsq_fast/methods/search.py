@@ -35,7 +35,7 @@ def search_generator(
     """Find a genotype for a teacher in `recipe.generator.search_steps` steps.
 
     Args:
-        recipe: batch size, latent, losses and rates are read from it; of any generator kind.
+        recipe: batch size, latent (100 for 0), losses and rates are read from it; of any generator kind.
         input_size: `(C, H, W)`; H and W must be multiples of 8.
         losses: receives L_G of every step, scalars on the teacher's device.
 
@@ -45,9 +45,8 @@ def search_generator(
     Raises:
         TrainingError: the loss became NaN or infinite.
     """
-    spec = replace(recipe.generator, kind="autorecon", genotype=SEARCH)
-    if spec.latent < 3:
-        spec = replace(spec, latent=100)
+    spec = recipe.generator
+    spec = replace(spec, kind="autorecon", genotype=SEARCH, latent=spec.latent or 100)
     recipe = replace(recipe, generator=spec, schedule=replace(recipe.schedule, milestones=()))
     synthesis = Synthesis(teacher, recipe, input_size, derive_seed(seed, "search"), layout)
     net = synthesis.generator
