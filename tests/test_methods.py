@@ -82,7 +82,7 @@ def test_decay_indices():
 
 def test_recipes_load_and_come_back():
     assert list(available_recipes()) == [
-        "ait", "gdfq", "hast", "hast_cifar100", "intraq", "intraq_cifar100", "kl_only", "rtn", "zeroq"
+        "ait", "gdfq", "hast", "hast_ait", "hast_cifar100", "hast_released", "intraq", "intraq_cifar100", "kl_only", "rtn", "zeroq"
     ]  # fmt: skip
     for name in available_recipes():
         for schedule in ("paper", "short"):
