@@ -28,7 +28,7 @@ HAST = dict(ce_weight=0.0, kd_weight=20.0, kd_reduction="batchmean", feature_wei
 TINY = ["schedule.epochs=4", "schedule.iterations=3", "schedule.batch_size=8", "schedule.warmup_epochs=2", "schedule.calibration_epochs=2",
         "schedule.milestones=[3]", "quant.ema=plain", "quant.weight_bits=3", "images.count=12", "images.batch_size=8",
         "images.iterations=3", "student.batch_size=6", "student.lr=1e-3"]  # fmt: skip
-RECIPES = ["intraq", "intraq_cifar100", "zeroq", "hast", "hast_cifar100"]
+RECIPES = ["intraq", "intraq_cifar100", "zeroq", "hast", "hast_cifar100", "hast_released", "hast_ait"]
 
 
 def recipe(name="hast", *more) -> Recipe:
@@ -277,7 +277,8 @@ def test_published_numbers():
             assert (s.batch_size, s.milestones, s.decay, r.student_steps) == (16, milestones, 0.1, 29_400)
             t = r.student
             assert (t.batch_size, t.kd_weight * t.temperature**2, t.kd_reduction) == (batch, 8000, "batchmean")
-            assert (t.momentum, t.nesterov, t.weight_decay) == (0.9, True, 1e-4) and r.quant.ema == "reference"
+            assert (t.momentum, t.nesterov, r.quant.ema) == (0.9, True, "reference")
+            assert (t.weight_decay, r.inundation.enabled) == ((0.0, True) if name == "hast_ait" else (1e-4, False))
             assert (t.crop_scale, t.flip, r.images.count) == ((0.5, 1.0), 0.5, 5120)
             large = side == 224
             lr = 1e-6 if large else 1e-5 if "hast" in name else 1e-4
@@ -293,9 +294,13 @@ def test_published_numbers():
                 assert (t.feature_weight, t.promoted_weight) == (0, 0)
     cifar100 = load_recipe("hast_cifar100", input_size=(3, 32, 32)).student
     assert (cifar100.feature_weight, cifar100.epsilon) == (2000, 0.02)
+    for side, threshold in ((32, 1e-3), (224, 1e-4)):
+        released, inundated = (load_recipe(name, input_size=(3, side, side)) for name in ("hast_released", "hast_ait"))
+        assert (released.student.feature_weight, released.student.epsilon) == (1000, 0.01)
+        assert inundated.inundation.threshold == threshold
     for name in RECIPES:
         short = load_recipe(name, input_size=(3, 32, 32), schedule="short")
-        assert (short.schedule.generator_steps - short.student_steps, short.student_steps) == (800, 600)
+        assert (short.generator_steps, short.student_steps) == (800, 600)
         assert (short.images.count, short.images.iterations, short.student.batch_size) == (1024, 250, 64)
 
 
@@ -362,7 +367,7 @@ def test_every_switch_changes_the_result(switch):
 
 def test_inundation_on_hast():
     """ait_family.md 7 on top of HAST, by recipe: quantized weights by GISGD, the rest by SGD."""
-    result = train("hast", "inundation.enabled=true", "inundation.threshold=1e-2", "student.weight_decay=0")
+    result = train("hast_ait", "inundation.threshold=1e-2")
     assert min(result.history[-1]["update_ratio"]) > 0
 
 

@@ -68,7 +68,7 @@ class Schedule:
         return self.decay ** sum(epoch >= m for m in self.milestones)
 
     @property
-    def generator_steps(self) -> int:
+    def steps(self) -> int:
         return self.epochs * self.iterations
 
 
@@ -137,6 +137,22 @@ _STUDENT_CHOICES = {
 
 @dataclass(frozen=True)
 class Student:
+    """Fine-tuning: KL distillation (AIT section 7), cross entropy, and HAST (hast_family.md 5.2 to 5.5).
+
+    Attributes:
+        batch_size, crop_scale, flip: of the batches of optimised images, each image through a random resized crop of this share
+            of its area, mirrored with probability `flip`; batch_size 0 is schedule.batch_size. No part in other recipes.
+        ce_weight, kd_weight, kd_reduction: factors of CE and of `temperature^2 * KL`; "mean" divides by batch and classes,
+            "batchmean" by the batch.
+        feature_weight: lambda, of the feature alignment summed over the layers; 0 leaves it out.
+        alignment: "channel" attention (relaxed, HAST eq. 12), "spatial" attention, or "direct", the features themselves.
+        feature_points: module names; empty: found by structure (`zsq_fast.nn.feature_points`).
+        clean_weight, promoted_weight: a and b, of the loss on the samples and on the samples made harder; b = 0 makes none.
+        epsilon: length of the step that makes them harder, per value of the normalised image, which is not clipped.
+        promote_by: the losses whose gradient leads that step, "kl", "fa" or "kl+fa".
+        teacher_path: that gradient goes through teacher and student ("both", as released) or through the student alone.
+    """
+
     enabled: bool = True
     batch_size: int = 0
     crop_scale: tuple[float, float] = (0.5, 1.0)
@@ -296,6 +312,12 @@ class Recipe:
     def student_steps(self) -> int:
         epochs = self.schedule.epochs - self.schedule.warmup_epochs
         return epochs * self.schedule.iterations if self.student.enabled else 0
+
+    @property
+    def generator_steps(self) -> int:
+        """All of them, or those of the warm-up when the student then trains on optimised images."""
+        epochs = self.schedule.warmup_epochs if self.images.enabled else self.schedule.epochs
+        return epochs * self.schedule.iterations
 
     def to_dict(self) -> dict[str, Any]:
         # Through JSON, so that what a run directory holds compares equal.

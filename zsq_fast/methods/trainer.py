@@ -342,17 +342,17 @@ def run_together(trainers: Sequence[Trainer]) -> list[Result]:
     schedule, synthesis = first.recipe.schedule, first.synthesis
     if any(t.synthesis is not synthesis or t.state.step != first.state.step for t in trainers):
         raise UsageError("run_together needs trainers that share one synthesis and stand at the same step")
-    if first.recipe.images.enabled and first.state.step < schedule.generator_steps:
+    if first.recipe.images.enabled and first.state.step < schedule.steps:
         images = _make_images(trainers)
         for trainer in trainers:
             trainer._use_images(images)
-    first.progress.start(schedule.generator_steps, first.recipe.name, done=first.state.step)
+    first.progress.start(schedule.steps, first.recipe.name, done=first.state.step)
     try:
         with StopRequest() as stop:
             for trainer in trainers:
                 if trainer.state.step == 0:
                     trainer._measure("float", synthesis.teacher)
-            while first.state.step < schedule.generator_steps:
+            while first.state.step < schedule.steps:
                 batch = synthesis.step(first.state.step) if first._wants_generator else None
                 for trainer in trainers:
                     trainer._iterate(batch)
@@ -379,7 +379,7 @@ def _make_images(trainers: Sequence[Trainer]) -> ImageSet:
             if trainer.state.step == 0:
                 trainer.save()
         if run is not None:
-            stopped.args = (f"{stopped} Go on with: {first.resume_hint}",)
+            stopped.args = (f"stopped while the images were made; go on with: {first.resume_hint}",)
         raise
     synthesis.seconds += time.perf_counter() - started
     return images
