@@ -78,7 +78,7 @@ def main() -> None:
     for trainer, result in zip(trainers, run_together(trainers), strict=True):
         recipe = trainer.recipe
         width = f"w{recipe.quant.weight_bits}a{recipe.quant.act_bits}"
-        alone = recipe.schedule.generator_steps - recipe.student_steps
+        alone = recipe.schedule.steps - recipe.student_steps
         name = f"cifar10_resnet20_{recipe.name}_{width}_{alone}+{recipe.student_steps}_seed{args.seed}"
         minutes = round(result.seconds / 60, 2)
         values = {k: round(v, 2) for k, v in result.evaluations.items()}

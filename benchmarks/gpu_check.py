@@ -16,6 +16,7 @@ report says so.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -144,6 +145,8 @@ def main() -> int:
     ap.add_argument("--out", type=Path, help="instead of benchmarks/results/<device>")
     ap.add_argument("--dry-run", action="store_true", help="print the steps and run none")
     args = ap.parse_args()
+    if importlib.util.find_spec("torch") is None:
+        sys.exit(f"{sys.executable} has no torch: make gpu-check PYTHON=<the Python whose torch is to be checked>")
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available() and not args.dry_run:

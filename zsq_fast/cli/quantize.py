@@ -71,5 +71,5 @@ def run(words: Sequence[str]) -> int:
         return 0
     trainer = make_trainer(job, recipe, teacher, quiet=arguments.quiet)
     out = arguments.out or default_out(job, arguments.recipe, recipe)
-    with RunDir.create(out, recipe.to_dict(), job.to_info()) as run_dir:
+    with RunDir.create(out, trainer.recipe.to_dict(), job.to_info()) as run_dir:
         return execute(run_dir, job, trainer, as_json=arguments.json)

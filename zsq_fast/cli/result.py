@@ -69,13 +69,15 @@ def print_plan(job: Job, recipe: Recipe, summary: Summary, *, as_json: bool) -> 
     """The resolved job and recipe, and what of the network would be quantized."""
     schedule = recipe.schedule
     plan: dict[str, Any] = {"job": asdict(job), "recipe": recipe.to_dict(), "network": summary.to_dict()}
-    plan["generator_steps"], plan["student_steps"] = schedule.generator_steps, recipe.student_steps
-    plan["images"] = schedule.generator_steps * schedule.batch_size
+    plan["generator_steps"], plan["student_steps"] = recipe.generator_steps, recipe.student_steps
+    plan["images"] = recipe.generator_steps * schedule.batch_size
     if as_json:
         print(json.dumps(plan, indent=1))
         return
     print(f"steps: {plan['generator_steps']} of the generator, {plan['student_steps']} of the student")
     print(f"images: {plan['images']} generated, {schedule.batch_size} at a time, no real ones")
+    if recipe.images.enabled:
+        print(f"images: {recipe.images.count} optimised, {recipe.images.batch_size} at a time")
     print(summary)
     for title, values in (("recipe", _flat(plan["recipe"])), ("job", _flat(plan["job"]))):
         print(f"{title}:")

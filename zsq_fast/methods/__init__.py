@@ -10,6 +10,7 @@ from torch import nn
 
 from zsq_fast.errors import UsageError
 from zsq_fast.methods.recipe import Recipe, available_recipes, load_recipe
+from zsq_fast.methods.search import search_generator
 from zsq_fast.methods.trainer import Result, Trainer, run_together
 from zsq_fast.nn import convert
 from zsq_fast.runs import Progress, RunDir
@@ -22,6 +23,7 @@ __all__ = [
     "load_recipe",
     "quantize",
     "run_together",
+    "search_generator",
     "student_like",
 ]
 
@@ -92,7 +94,7 @@ def quantize(
             options |= {"seed": run.info["seed"], "input_size": run.info["input_size"]}
             return _run(Trainer(teacher, Recipe.from_dict(run.recipe), **options), run)
     trainer = Trainer(teacher, recipe, **options)  # before the directory: a model that is refused leaves nothing behind
-    with RunDir.create(run_dir, recipe.to_dict(), {"seed": seed, "input_size": list(input_size)}) as run:
+    with RunDir.create(run_dir, trainer.recipe.to_dict(), {"seed": seed, "input_size": list(input_size)}) as run:
         return _run(trainer, run)
 
 

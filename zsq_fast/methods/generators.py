@@ -8,27 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zsq_fast.errors import UsageError
+from zsq_fast.errors import UnsupportedModelError, UsageError
 from zsq_fast.methods import recipe as recipes
+from zsq_fast.methods.autorecon import SEARCH, AutoRecon, SuperNet, read_genotype
+from zsq_fast.methods.blocks import NORM_EPS, ConditionalBatchNorm2d, mixed, to_maps
 
-# Inherited from DCGAN sample code, where the positional argument was meant as a momentum. It damps the normalisation of maps
-# with a small variance and is part of the published results (ait_family.md 4.1).
-DAMPED_EPS = 0.8
+__all__ = ["ConditionalBatchNorm2d", "Generator", "Qimera", "build_generator", "classifier_rows"]
 
-
-class ConditionalBatchNorm2d(nn.Module):
-    """Batch norm whose scale and shift are looked up by class: `gamma[y] * norm(x) + beta[y]`; starts as the identity."""
-
-    def __init__(self, num_classes: int, channels: int, eps: float = 1e-5):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(channels, eps=eps, affine=False)
-        self.gamma = nn.Embedding(num_classes, channels)
-        self.beta = nn.Embedding(num_classes, channels)
-        nn.init.ones_(self.gamma.weight)
-        nn.init.zeros_(self.beta.weight)
-
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        return self.norm(x) * self.gamma(labels)[:, :, None, None] + self.beta(labels)[:, :, None, None]
+MAPPED = 100  # width of Qimera's disentanglement mapping, for every network (ait_family.md 5.2)
 
 
 class Generator(nn.Module):
@@ -42,40 +29,139 @@ class Generator(nn.Module):
             into class-conditional batch norms (ImageNet).
         input_size: `(C, H, W)` of the images; H and W must be multiples of 4.
         latent: length of the noise vector.
+        eps: of the norms behind the first two convolutions.
+        width: what the first linear layer reads, when that is not `latent`.
     """
 
-    def __init__(self, kind: str, num_classes: int, input_size: Sequence[int], latent: int = 100):
+    def __init__(
+        self,
+        kind: str,
+        num_classes: int,
+        input_size: Sequence[int],
+        latent: int = 100,
+        *,
+        eps: float = NORM_EPS["faithful"],
+        width: int | None = None,
+    ):
         super().__init__()
-        channels, height, width = input_size
-        if height % 4 or width % 4:
-            raise UsageError(f"the generator needs image sizes that are multiples of 4, got {height} x {width}")
-        self.kind, self.latent, self.base = kind, latent, (height // 4, width // 4)
+        channels, *size = input_size
+        if size[0] % 4 or size[1] % 4:
+            raise UsageError(f"the generator needs image sizes that are multiples of 4, got {size[0]} x {size[1]}")
+        self.kind, self.latent, self.base = kind, latent, (size[0] // 4, size[1] // 4)
         if kind == "plain":
             self.embedding = nn.Embedding(num_classes, latent)
-        self.fc = nn.Linear(latent, 128 * self.base[0] * self.base[1])
+        self.fc = nn.Linear(width or latent, 128 * self.base[0] * self.base[1])
         self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
         self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
         self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
-        for i, (maps, eps) in enumerate(((128, 1e-5), (128, DAMPED_EPS), (64, DAMPED_EPS))):
-            norm = nn.BatchNorm2d(maps, eps=eps) if kind == "plain" else ConditionalBatchNorm2d(num_classes, maps, eps)
+        for i, (maps, e) in enumerate(((128, 1e-5), (128, eps), (64, eps))):
+            norm = nn.BatchNorm2d(maps, eps=e) if kind == "plain" else ConditionalBatchNorm2d(num_classes, maps, e)
             self.add_module(f"norm{i}", norm)
         self.norm_out = nn.BatchNorm2d(channels, affine=False)
 
-    def _norm(self, i: int, x: Tensor, labels: Tensor) -> Tensor:
+    def _norm(self, i: int, x: Tensor, labels: Tensor, mix: Tensor | None) -> Tensor:
         norm = getattr(self, f"norm{i}")
-        return norm(x) if self.kind == "plain" else norm(x, labels)
+        return norm(x) if self.kind == "plain" else norm(x, labels, mix)
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         """noise `[B, latent]`, labels `[B]` int64 -> images `[B, C, H, W]`."""
-        u = self.embedding(labels) * noise if self.kind == "plain" else noise
-        x = self.fc(u).view(-1, 128, *self.base)
-        if self.conv1.weight.is_contiguous(memory_format=torch.channels_last) and not self.conv1.weight.is_contiguous():
-            x = x.contiguous(memory_format=torch.channels_last)
-        x = F.interpolate(self._norm(0, x, labels), scale_factor=2.0)
-        x = F.leaky_relu(self._norm(1, self.conv1(x), labels), 0.2)
-        x = F.leaky_relu(self._norm(2, self.conv2(F.interpolate(x, scale_factor=2.0)), labels), 0.2)
+        return self.decode(self.embedding(labels) * noise if self.kind == "plain" else noise, labels)
+
+    def decode(self, u: Tensor, labels: Tensor, mix: Tensor | None = None) -> Tensor:
+        x = to_maps(self.fc(u), 128, self.base, self.conv1)
+        x = F.interpolate(self._norm(0, x, labels, mix), scale_factor=2.0)
+        x = F.leaky_relu(self._norm(1, self.conv1(x), labels, mix), 0.2)
+        x = F.leaky_relu(self._norm(2, self.conv2(F.interpolate(x, scale_factor=2.0)), labels, mix), 0.2)
         return self.norm_out(torch.tanh(self.conv3(x)))
 
 
-def build_generator(spec: recipes.Generator, num_classes: int, input_size: Sequence[int]) -> Generator:
-    return Generator(spec.kind, num_classes, input_size, spec.latent)
+class Qimera(Generator):
+    """GDFQ's decoder behind noisy class embeddings, of one class or superposed from several (ait_family.md 5.1, 5.2).
+
+    Args:
+        rows: `[num_classes, latent]`, what the embedding starts as; None draws it from N(0, 1). Trained either way.
+    """
+
+    def __init__(
+        self,
+        spec: recipes.Generator,
+        num_classes: int,
+        input_size: Sequence[int],
+        latent: int,
+        rows: Tensor | None = None,
+    ):
+        kind, width = "conditional" if spec.conditional_norms else "plain", MAPPED if spec.disentangle else latent
+        super().__init__(kind, num_classes, input_size, latent, eps=NORM_EPS[spec.norm_eps], width=width)
+        self.spec = spec
+        self.embedding = nn.Embedding(num_classes, latent)
+        if rows is not None:
+            self.embedding.weight.data.copy_(rows)
+        self.mapping = nn.Linear(latent, MAPPED) if spec.disentangle else nn.Identity()
+
+    def embed(self, noise: Tensor, labels: Tensor, mix: Tensor | None = None) -> Tensor:
+        """What the mapping reads, `[B, latent]`: normalised noisy embeddings, superposed if there are weights."""
+        noisy = self.embedding(labels) + self.spec.noise_scale * noise
+        if mix is None:
+            return F.layer_norm(noisy, noisy.shape[-1:])
+        # The published code applies one batch norm to reversed axes: over the features of each sample for [B, latent] above, but
+        # over batch and features together for [B, K, latent].
+        if self.spec.embedding_norm == "faithful":
+            return mixed(F.batch_norm(noisy, None, None, training=True), mix)
+        return mixed(F.layer_norm(noisy, noisy.shape[-1:]), mix)
+
+    def forward(self, noise: Tensor, labels: Tensor, mix: Tensor | None = None) -> Tensor:
+        """Images `[B, C, H, W]`.
+
+        Args:
+            noise, labels: `[B, latent]` and `[B]` int64; superposed `[B, K, latent]` and `[B, K]`.
+            mix: `[B, K]`, the weights of the K classes, each row with the sum 1; None when not superposed.
+        """
+        u = self.mapping(self.embed(noise, labels, mix))
+        # The published code averages the K weighted scales and shifts instead of summing them.
+        if mix is not None and self.spec.affine_scaling == "faithful":
+            mix = mix / mix.shape[1]
+        return self.decode(u, labels, mix)
+
+
+def classifier_rows(model: nn.Module, num_classes: int) -> Tensor:
+    """Weight `[num_classes, D]` of a network's classifier: its last linear layer, else its last 1x1 convolution, of that many outputs.
+
+    Raises:
+        UnsupportedModelError: there is neither.
+    """
+    layers = list(model.modules())[::-1]
+    linear = [m.weight for m in layers if isinstance(m, nn.Linear)]
+    pointwise = [m.weight for m in layers if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1]
+    for weight in (*linear, *pointwise):
+        if weight.shape[0] == num_classes:
+            return weight.detach().flatten(1)
+    raise UnsupportedModelError(
+        f"no classifier was found to take embeddings from: the model has no nn.Linear and no 1x1 nn.Conv2d with {num_classes} "
+        'outputs; give their width as generator.latent and use generator.embedding = "random".'
+    )
+
+
+def build_generator(
+    spec: recipes.Generator, num_classes: int, input_size: Sequence[int], teacher: nn.Module | None = None
+) -> Generator | AutoRecon:
+    """The generator of a recipe, initialised from torch's global generator.
+
+    Args:
+        teacher: needed for what Qimera takes from its classifier.
+    """
+    if spec.kind == "autorecon":
+        size = (num_classes, input_size, spec.latent, NORM_EPS[spec.norm_eps])
+        return SuperNet(*size) if spec.genotype == SEARCH else AutoRecon(read_genotype(spec.genotype), *size)
+    if spec.kind != "qimera":
+        return Generator(spec.kind, num_classes, input_size, spec.latent, eps=NORM_EPS[spec.norm_eps])
+    rows = None
+    if spec.latent == 0 or spec.embedding == "teacher":
+        if teacher is None:
+            raise UsageError("this generator is built from the teacher's classifier: give the teacher")
+        rows = classifier_rows(teacher, num_classes)
+        if spec.latent not in (0, rows.shape[1]):
+            raise UsageError(
+                f"generator.latent must be 0 or the width of the classifier ({rows.shape[1]}), got {spec.latent}"
+            )
+    latent = spec.latent if rows is None else rows.shape[1]
+    return Qimera(spec, num_classes, input_size, latent, rows if spec.embedding == "teacher" else None)

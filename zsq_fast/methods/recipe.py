@@ -68,8 +68,11 @@ class Schedule:
         return self.decay ** sum(epoch >= m for m in self.milestones)
 
     @property
-    def generator_steps(self) -> int:
+    def steps(self) -> int:
         return self.epochs * self.iterations
+
+
+QUIRK = ("faithful", "corrected")  # as the published code computes it, or as it evidently was meant
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,27 @@ class Generator:
     betas: tuple[float, float] = (0.5, 0.999)
     ce_weight: float = 1.0
     bns_weight: float = 0.1
+    norm_eps: str = "faithful"
+    # Of kind "qimera"
+    conditional_norms: bool = False
+    superpose_probability: float = 0.4
+    superposed_classes: int = 2
+    embedding: str = "random"
+    noise_scale: float = 1.0
+    disentangle: bool = False
+    embedding_norm: str = "faithful"
+    affine_scaling: str = "faithful"
+    # Of kind "autorecon"
+    genotype: str = "cifar10_resnet20"
+    search_steps: int = 2000
+    search_lr: float = 3e-3
+    search_temperature: float = 5.0
 
     def __post_init__(self) -> None:
-        _require(self.kind in ("plain", "conditional"), "generator.kind", "'plain' or 'conditional'", self.kind)
-        _require(self.latent >= 1, "generator.latent", "at least 1", self.latent)
+        kinds = ("plain", "conditional", "qimera", "autorecon")
+        _require(self.kind in kinds, "generator.kind", "'plain', 'conditional', 'qimera' or 'autorecon'", self.kind)
+        least = {"qimera": 0, "autorecon": 3}.get(self.kind, 1)
+        _require(self.latent >= least, "generator.latent", f"at least {least} for kind '{self.kind}'", self.latent)
         _require(self.lr > 0, "generator.lr", "positive", self.lr)
         _require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
@@ -91,11 +111,52 @@ class Generator:
             "two numbers in [0, 1)",
             self.betas,
         )
+        for name in ("norm_eps", "embedding_norm", "affine_scaling"):
+            _require(
+                getattr(self, name) in QUIRK, f"generator.{name}", "'faithful' or 'corrected'", getattr(self, name)
+            )
+        _require(
+            self.embedding in ("random", "teacher"), "generator.embedding", "'random' or 'teacher'", self.embedding
+        )
+        p = self.superpose_probability
+        _require(0 <= p <= 1, "generator.superpose_probability", "in [0, 1]", p)
+        _require(self.noise_scale >= 0, "generator.noise_scale", "at least 0", self.noise_scale)
+        for name in ("superposed_classes", "search_steps"):
+            _require(getattr(self, name) >= 1, f"generator.{name}", "at least 1", getattr(self, name))
+        for name in ("search_lr", "search_temperature"):
+            _require(getattr(self, name) > 0, f"generator.{name}", "positive", getattr(self, name))
+
+
+_STUDENT_CHOICES = {
+    "kd_reduction": ("mean", "batchmean"),
+    "alignment": ("channel", "direct", "spatial"),
+    "promote_by": ("kl", "fa", "kl+fa"),
+    "teacher_path": ("both", "student"),
+}
 
 
 @dataclass(frozen=True)
 class Student:
+    """Fine-tuning: KL distillation (AIT section 7), cross entropy, and HAST (hast_family.md 5.2 to 5.5).
+
+    Attributes:
+        batch_size, crop_scale, flip: of the batches of optimised images, each image through a random resized crop of this share
+            of its area, mirrored with probability `flip`; batch_size 0 is schedule.batch_size. No part in other recipes.
+        ce_weight, kd_weight, kd_reduction: factors of CE and of `temperature^2 * KL`; "mean" divides by batch and classes,
+            "batchmean" by the batch.
+        feature_weight: lambda, of the feature alignment summed over the layers; 0 leaves it out.
+        alignment: "channel" attention (relaxed, HAST eq. 12), "spatial" attention, or "direct", the features themselves.
+        feature_points: module names; empty: found by structure (`zsq_fast.nn.feature_points`).
+        clean_weight, promoted_weight: a and b, of the loss on the samples and on the samples made harder; b = 0 makes none.
+        epsilon: length of the step that makes them harder, per value of the normalised image, which is not clipped.
+        promote_by: the losses whose gradient leads that step, "kl", "fa" or "kl+fa".
+        teacher_path: that gradient goes through teacher and student ("both", as released) or through the student alone.
+    """
+
     enabled: bool = True
+    batch_size: int = 0
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    flip: float = 0.5
     lr: float = 1e-4
     momentum: float = 0.9
     nesterov: bool = True
@@ -104,25 +165,43 @@ class Student:
     kd_weight: float = 1.0
     temperature: float = 20.0
     kd_reduction: str = "mean"
+    feature_weight: float = 0.0
+    alignment: str = "channel"
+    feature_points: tuple[str, ...] = ()
+    clean_weight: float = 1.0
+    promoted_weight: float = 0.0
+    epsilon: float = 0.01
+    promote_by: str = "kl+fa"
+    teacher_path: str = "both"
 
     def __post_init__(self) -> None:
+        _require(
+            self.batch_size >= 0, "student.batch_size", "at least 1, or 0 for schedule.batch_size", self.batch_size
+        )
+        lowest, highest = self.crop_scale if len(self.crop_scale) == 2 else (0, 0)
+        _require(0 < lowest <= highest <= 1, "student.crop_scale", "two shares of the area in (0, 1]", self.crop_scale)
+        _require(0 <= self.flip <= 1, "student.flip", "a probability", self.flip)
         _require(self.lr > 0, "student.lr", "positive", self.lr)
         _require(0 <= self.momentum < 1, "student.momentum", "in [0, 1)", self.momentum)
         _require(not self.nesterov or self.momentum > 0, "student.nesterov", "false without momentum", self.nesterov)
-        _require(self.weight_decay >= 0, "student.weight_decay", "at least 0", self.weight_decay)
         _require(self.temperature > 0, "student.temperature", "positive", self.temperature)
-        _require(
-            self.kd_reduction in ("mean", "batchmean"),
-            "student.kd_reduction",
-            "'mean' or 'batchmean'",
-            self.kd_reduction,
-        )
-        _require(
-            self.ce_weight > 0 or self.kd_weight > 0,
-            "student.kd_weight",
-            "positive when ce_weight is 0",
-            self.kd_weight,
-        )
+        weights = ("ce_weight", "kd_weight", "feature_weight", "clean_weight", "promoted_weight")
+        for name in (*weights, "weight_decay", "epsilon"):
+            _require(getattr(self, name) >= 0, f"student.{name}", "at least 0", getattr(self, name))
+        for name, choices in _STUDENT_CHOICES.items():
+            words = " or ".join(map(repr, choices))
+            _require(getattr(self, name) in choices, f"student.{name}", words, getattr(self, name))
+        _require(self.ce_weight > 0 or self.kd_weight > 0 or self.feature_weight > 0, "student.kd_weight",
+                 "positive when ce_weight and feature_weight are 0", self.kd_weight)  # fmt: skip
+        _require(self.clean_weight > 0 or self.promoted_weight > 0, "student.clean_weight",
+                 "positive when promoted_weight is 0", self.clean_weight)  # fmt: skip
+        _require(self.feature_weight > 0 or not self.feature_points, "student.feature_points",
+                 "empty when feature_weight is 0", list(self.feature_points))  # fmt: skip
+        if self.promoted_weight:
+            _require(self.epsilon > 0, "student.epsilon", "positive when promoted_weight is", self.epsilon)
+            led = {"kl": self.kd_weight, "fa": self.feature_weight}
+            _require(any(led[name] for name in self.promote_by.split("+")), "student.promote_by",
+                     "a loss whose weight is not 0", self.promote_by)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,6 +218,75 @@ class Inundation:
 
 
 @dataclass(frozen=True)
+class Images:
+    """Images optimised from noise before the student trains (ZeroQ, IntraQ, HAST); hast_family.md sections 2, 4.1 and 5.1.
+
+    Each `*_weight` switches its loss on; 0 leaves it out, and what belongs to it has no effect.
+
+    Attributes:
+        count, batch_size, iterations: images in all, images optimised together, Adam steps of each batch.
+        lr, patience, plateau_factor, min_lr: Adam's rate; after more than `patience` steps without a better loss it is
+            multiplied by `plateau_factor`, never below `min_lr` (torch's ReduceLROnPlateau, relative threshold 1e-4).
+        init: "normal", N(0, 1), or "zeroq", about uniform in +-0.0235 (its slip: divided by the variance).
+        statistics: of batch-norm inputs; "batch": mean and biased variance over the batch, averaged over layers and channels
+            (GDFQ family); "image": ZeroQ's mean and unbiased deviation of each image, summed over layers and channels.
+        input_weight: ZeroQ's per-image statistics of the image itself, against mean 0 and deviation 1.
+        hard_weight, hard_gamma: HAST's beta and gamma, `beta * mean((1 - p_y)^gamma * CE)`; gamma 0 is plain CE.
+        soft_weight, soft_floor: IntraQ's soft inception loss; the targets are 1 or, every other time, U(soft_floor, 1).
+        distance_weight, distance_low, distance_high: IntraQ's marginal distance constraint, in cosine distances.
+        crop_probability, crop_scale, flip: IntraQ's local object reinforcement; the share of iterations that see every image
+            through a random resized crop of this share of its area, mirrored with probability `flip`.
+    """
+
+    enabled: bool = False
+    count: int = 5120
+    batch_size: int = 256
+    iterations: int = 1000
+    lr: float = 0.5
+    patience: int = 50
+    plateau_factor: float = 0.1
+    min_lr: float = 1e-4
+    init: str = "normal"
+    statistics: str = "batch"
+    bns_weight: float = 1.0
+    input_weight: float = 0.0
+    hard_weight: float = 0.0
+    hard_gamma: float = 2.0
+    soft_weight: float = 0.0
+    soft_floor: float = 1.0
+    distance_weight: float = 0.0
+    distance_low: float = 0.0
+    distance_high: float = 2.0
+    crop_probability: float = 0.0
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("count", "batch_size", "iterations"):
+            _require(getattr(self, name) >= 1, f"images.{name}", "at least 1", getattr(self, name))
+        _require(self.lr > 0, "images.lr", "positive", self.lr)
+        _require(self.patience >= 0, "images.patience", "at least 0", self.patience)
+        _require(0 < self.plateau_factor < 1, "images.plateau_factor", "in (0, 1)", self.plateau_factor)
+        _require(0 <= self.min_lr <= self.lr, "images.min_lr", f"from 0 to images.lr ({self.lr})", self.min_lr)
+        _require(self.init in ("normal", "zeroq"), "images.init", "'normal' or 'zeroq'", self.init)
+        _require(self.statistics in ("batch", "image"), "images.statistics", "'batch' or 'image'", self.statistics)
+        weights = [name for name in vars(self) if name.endswith("_weight")]
+        for name in (*weights, "hard_gamma"):
+            _require(getattr(self, name) >= 0, f"images.{name}", "at least 0", getattr(self, name))
+        _require(any(getattr(self, name) for name in weights), "images.bns_weight",
+                 "positive when every other weight is 0", self.bns_weight)  # fmt: skip
+        for name in ("soft_floor", "crop_probability", "flip"):
+            _require(0 <= getattr(self, name) <= 1, f"images.{name}", "in [0, 1]", getattr(self, name))
+        low, high = self.distance_low, self.distance_high
+        _require(
+            0 <= low <= high <= 2, "images.distance_low", f"from 0 to images.distance_high ({high}, at most 2)", low
+        )
+        scale = self.crop_scale
+        _require(len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, "images.crop_scale",
+                 "two shares of the area, ascending, in (0, 1]", scale)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Every number of a run. `to_dict` and `from_dict` are inverse; a run directory holds the resolved form."""
 
@@ -149,16 +297,27 @@ class Recipe:
     generator: Generator = field(default_factory=Generator)
     student: Student = field(default_factory=Student)
     inundation: Inundation = field(default_factory=Inundation)
+    images: Images = field(default_factory=Images)
 
     def __post_init__(self) -> None:
         epochs, warmup = self.schedule.epochs, self.schedule.warmup_epochs
         _require(not self.student.enabled or epochs > warmup, "schedule.epochs",
                  f"more than schedule.warmup_epochs ({warmup}), or the student takes no step", epochs)  # fmt: skip
+        _require(self.student.enabled or not self.images.enabled, "images.enabled",
+                 "false when student.enabled is: nothing would use the images", self.images.enabled)  # fmt: skip
+        _require(self.images.enabled or not self.student.batch_size, "student.batch_size",
+                 "0 when images.enabled is false: the student trains on the generator's batches", self.student.batch_size)  # fmt: skip
 
     @property
     def student_steps(self) -> int:
         epochs = self.schedule.epochs - self.schedule.warmup_epochs
         return epochs * self.schedule.iterations if self.student.enabled else 0
+
+    @property
+    def generator_steps(self) -> int:
+        """All of them, or those of the warm-up when the student then trains on optimised images."""
+        epochs = self.schedule.warmup_epochs if self.images.enabled else self.schedule.epochs
+        return epochs * self.schedule.iterations
 
     def to_dict(self) -> dict[str, Any]:
         # Through JSON, so that what a run directory holds compares equal.

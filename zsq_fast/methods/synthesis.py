@@ -24,14 +24,40 @@ def derive_seed(seed: int, *purpose: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+class Draw(NamedTuple):
+    """What a generator is given: noise `[B, latent]` and labels `[B]`; superposed (Qimera) `[B, K, latent]`, `[B, K]`, weights `[B, K]`."""
+
+    noise: Tensor
+    labels: Tensor
+    mix: Tensor | None = None
+
+    def targets(self, num_classes: int) -> Tensor:
+        """Labels `[B]`, or for superposed images soft ones `[B, num_classes]`: the weights, added up where a class occurs twice."""
+        if self.mix is None:
+            return self.labels
+        rows = torch.arange(len(self.labels), device=self.labels.device)[:, None].expand_as(self.labels)
+        soft = self.mix.new_zeros(len(self.labels), num_classes)
+        # Not scatter_add_: on a GPU the order of its additions changes from call to call.
+        return soft.index_put_((rows, self.labels), self.mix, accumulate=True)
+
+
+def label_ce(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of logits `[B, classes]` with labels `[B]` int64, or with soft ones `[B, classes]`: `-t . log_softmax`."""
+    return F.cross_entropy(logits, labels)
+
+
 class Batch(NamedTuple):
-    """What one iteration hands to the students, detached: images `[B, C, H, W]`, labels `[B]`, logits `[B, classes]`."""
+    """What one iteration hands to the students, detached: images `[B, C, H, W]` and labels; from the generator also the teacher's
+    logits `[B, classes]` and the generator's losses.
+
+    The labels are `[B]` int64, or for superposed images (Qimera) soft, `[B, classes]`; `label_ce` takes both.
+    """
 
     images: Tensor
     labels: Tensor
-    teacher_logits: Tensor
-    generator_ce: Tensor
-    generator_bns: Tensor
+    teacher_logits: Tensor | None = None
+    generator_ce: Tensor | None = None
+    generator_bns: Tensor | None = None
 
 
 class Synthesis:
@@ -55,7 +81,7 @@ class Synthesis:
         self.num_classes = probe.shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(seed, "generator-init"))  # the CPU's alone
-            self.generator = build_generator(recipe.generator, self.num_classes, input_size)
+            self.generator = build_generator(recipe.generator, self.num_classes, input_size, self.teacher)
         self.generator.to(self.device).to(memory_format=layout).train()
         self.optimizer = torch.optim.Adam(
             self.generator.parameters(), lr=recipe.generator.lr, betas=recipe.generator.betas
@@ -63,20 +89,29 @@ class Synthesis:
         self.tap = BNStatsTap(self.teacher)
         self.seconds = 0.0
 
-    def sample(self, step: int) -> tuple[Tensor, Tensor]:
-        """Noise `[B, latent]` and labels `[B]` of one iteration, a function of (seed, step) alone."""
-        batch = self.recipe.schedule.batch_size
+    def sample(self, step: int) -> Draw:
+        """Noise and labels of one iteration, a function of (seed, step) alone."""
+        spec, batch = self.recipe.generator, self.recipe.schedule.batch_size
         rng = torch.Generator(self.device).manual_seed(derive_seed(self.seed, "images", step))
-        noise = torch.randn(batch, self.recipe.generator.latent, device=self.device, generator=rng)
-        return noise, torch.randint(self.num_classes, (batch,), device=self.device, generator=rng)
+        # Whether a batch is superposed is drawn on the host, from 63 random bits of its own.
+        superposed = (
+            spec.kind == "qimera" and derive_seed(self.seed, "superpose", step) < spec.superpose_probability * 2**63
+        )
+        shape = (batch, spec.superposed_classes) if superposed else (batch,)
+        noise = torch.randn(*shape, self.generator.latent, device=self.device, generator=rng)
+        labels = torch.randint(self.num_classes, shape, device=self.device, generator=rng)
+        mix = torch.randn(shape, device=self.device, generator=rng).softmax(1) if superposed else None
+        return Draw(noise, labels, mix)
+
+    def _generate(self, draw: Draw, generator: nn.Module) -> Tensor:
+        images: Tensor = generator(*(part for part in draw if part is not None))
+        return images
 
     def images(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images and labels of an iteration from the generator as it is now, without training it."""
-        noise, labels = self.sample(step)
-        with torch.no_grad():
-            return copy.deepcopy(self.generator)(
-                noise, labels
-            ), labels  # a copy: in train mode its running statistics would move
+        """Images and labels (`Batch`) of an iteration from the generator as it is now, without training it."""
+        draw = self.sample(step)
+        with torch.no_grad():  # from a copy: in train mode its running statistics would move
+            return self._generate(draw, copy.deepcopy(self.generator)), draw.targets(self.num_classes)
 
     def step(self, step: int) -> Batch:
         """One generator step; the images and logits are those from before it."""
@@ -84,11 +119,12 @@ class Synthesis:
         spec = self.recipe.generator
         for group in self.optimizer.param_groups:
             group["lr"] = spec.lr * self.recipe.schedule.factor(step // self.recipe.schedule.iterations)
-        noise, labels = self.sample(step)
-        images = self.generator(noise, labels)
+        draw = self.sample(step)
+        labels = draw.targets(self.num_classes)
+        images = self._generate(draw, self.generator)
         with self.tap:
             logits = self.teacher(images)
-            ce, bns = F.cross_entropy(logits, labels), self.tap.loss()
+            ce, bns = label_ce(logits, labels), self.tap.loss()
         self.optimizer.zero_grad(set_to_none=True)
         (spec.ce_weight * ce + spec.bns_weight * bns).backward()
         self.optimizer.step()

@@ -1,4 +1,4 @@
-"""The training loop of the generator family: one generator step, then one student step on the very same images."""
+"""The training loop: generator steps that calibrate the student, then student steps on generated or on optimised images."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zsq_fast import nn as znn
 from zsq_fast.errors import Interrupted, TrainingError, UnsupportedModelError, UsageError
-from zsq_fast.losses import kd_kl
+from zsq_fast.methods.batches import ImageBatches
+from zsq_fast.methods.images import ImageSet, cached_images, synthesize_images
 from zsq_fast.methods.meters import Meters
 from zsq_fast.methods.recipe import Recipe
+from zsq_fast.methods.search import settle_genotype
+from zsq_fast.methods.state import State, optimizer_tensors, restore_optimizer
+from zsq_fast.methods.steps import StudentStep
 from zsq_fast.methods.synthesis import Batch, Synthesis
 from zsq_fast.nn.taps import look_untrained
 from zsq_fast.optim import GISGD
@@ -47,16 +51,6 @@ class Result:
     seconds: float
 
 
-@dataclass
-class _State:
-    """Everything of a run that is not a tensor."""
-
-    step: int = 0
-    seconds: float = 0.0
-    evaluations: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-
 class Trainer:
     """Quantizes one network after a recipe.
 
@@ -72,6 +66,7 @@ class Trainer:
             several times faster in it.
         force: go on with batch-norm statistics that look untrained.
         share: take the images of this trainer instead of making the same ones again (see `run_together`).
+        image_dir: where optimised images (`recipe.images`) are kept and looked for; None takes the run directory's own place.
 
     Raises:
         UnsupportedModelError: nothing to quantize, no usable batch norm, NaN weights, or untrained statistics.
@@ -93,6 +88,7 @@ class Trainer:
         channels_last: bool | None = None,
         force: bool = False,
         share: Trainer | None = None,
+        image_dir: str | PathLike[str] | None = None,
     ):
         if len(input_size) != 3 or min(input_size) < 1:
             raise UsageError(f"input_size must be (channels, height, width), got {tuple(input_size)}")
@@ -123,19 +119,26 @@ class Trainer:
         self.student = znn.convert(teacher, quant.weight_bits, quant.act_bits, ema=quant.ema, input_size=input_size)
         self.student.eval().requires_grad_(True).to(memory_format=self.layout)
         self.summary = znn.summarize(self.student)
+        self.recipe = recipe = settle_genotype(recipe, teacher, self.input_size, seed, self.layout)
         if share is not None:
-            theirs = (share.recipe.generator, share.recipe.schedule, share.seed, share.input_size, share.layout)
-            mine = (recipe.generator, recipe.schedule, seed, self.input_size, self.layout)
+            theirs, mine = (
+                (t.recipe.generator, t.recipe.images, t.recipe.schedule, t.seed, t.input_size, t.layout)
+                for t in (share, self)
+            )
             if theirs != mine or share.synthesis.source is not teacher:
                 raise UsageError(
-                    "trainers can share images only with the same teacher, generator, schedule, seed, input size and layout"
+                    "trainers can share images only with the same teacher, generator, images, schedule, seed, input size and "
+                    "layout"
                 )
             self.synthesis: Synthesis = share.synthesis
         else:
             self.synthesis = Synthesis(teacher, recipe, input_size, seed, self.layout)
+        self.image_dir = image_dir
+        self.batches: ImageBatches | None = None  # there once the run has begun
+        self.losses = StudentStep(self.student, self.synthesis.teacher, recipe.student, input_size)
         self._build_optimizers()
         self.meters = Meters(device, len(self.inundated))
-        self.state = _State()
+        self.state = State()
         self.resume_hint = "Trainer.restore() and run() go on from there"
         self._scheduled_epoch = -1
         self._evaluation_seconds = 0.0
@@ -163,32 +166,39 @@ class Trainer:
     # ---- one iteration ----------------------------------------------------------------------------------------------
 
     def _student_step(self, batch: Batch) -> None:
-        spec = self.recipe.student
-        with znn.weights_quantized_together(self.student):
-            logits = self.student(batch.images)
-        loss = logits.new_zeros(())
-        if spec.kd_weight:
-            loss = loss + spec.kd_weight * kd_kl(logits, batch.teacher_logits, spec.temperature, spec.kd_reduction)
-        if spec.ce_weight:
-            loss = loss + spec.ce_weight * F.cross_entropy(logits, batch.labels)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, agreement = self.losses.backward(batch)
         for optimizer in self.optimizers:  # plain SGD first, then inundation (ait_family.md 7.2)
             optimizer.step()
-        agreement = (logits.argmax(1) == batch.teacher_logits.argmax(1)).float().mean()
         self.meters.add(student_loss=loss, agreement=agreement)
         if self.inundated:
             self.meters.add_inundation(self.gi.changed, self.gi.kappa)
 
-    def _iterate(self, batch: Batch) -> None:
-        """What one batch means to this student, and the bookkeeping of the epoch it ends."""
+    @property
+    def _wants_generator(self) -> bool:
+        """Whether the next iteration is one of the generator's: all of them, or the warm-up before optimised images."""
+        schedule = self.recipe.schedule
+        return not self.recipe.images.enabled or self.state.step < schedule.warmup_epochs * schedule.iterations
+
+    def _use_images(self, images: ImageSet) -> None:
+        spec = self.recipe.student
+        size, device = spec.batch_size or self.recipe.schedule.batch_size, self.synthesis.device
+        self.batches = ImageBatches(images, size, spec.crop_scale, spec.flip, self.seed, device, self.layout)
+
+    def _iterate(self, batch: Batch | None) -> None:
+        """What one batch of the generator means to this student (None: it takes one of its own), and the bookkeeping of the
+        epoch it ends."""
         started, schedule = time.perf_counter(), self.recipe.schedule
         epoch = self.state.step // schedule.iterations
         if epoch != self._scheduled_epoch:
             self._set_schedule(epoch)
         evaluating = self._evaluation_seconds
-        self.meters.add(generator_ce=batch.generator_ce, generator_bns=batch.generator_bns)
+        if batch is None:
+            assert self.batches is not None
+            batch = self.batches.batch(self.state.step - schedule.warmup_epochs * schedule.iterations)
+        elif batch.generator_ce is not None and batch.generator_bns is not None:
+            self.meters.add(generator_ce=batch.generator_ce, generator_bns=batch.generator_bns)
         if epoch < schedule.calibration_epochs:
             with torch.no_grad(), znn.calibrating(self.student):
                 self.student(batch.images)
@@ -297,10 +307,7 @@ class Trainer:
             "meters": self.meters.state_dict(),
         }
         for name, optimizer in self._all_optimizers().items():
-            saved = optimizer.state_dict()["state"]
-            groups[name] = {
-                f"{i}.{k}": torch.as_tensor(v) for i, entry in saved.items() for k, v in entry.items() if v is not None
-            }
+            groups[name] = optimizer_tensors(optimizer)
         state = {
             "seconds": self.state.seconds,
             "synthesis_seconds": self.synthesis.seconds,
@@ -319,40 +326,34 @@ class Trainer:
         self.synthesis.generator.load_state_dict(groups["generator"])
         self.meters.load_state_dict(groups["meters"])
         for name, optimizer in self._all_optimizers().items():
-            _restore_optimizer(optimizer, groups[name])
+            restore_optimizer(optimizer, groups[name])
         self.synthesis.seconds = state["synthesis_seconds"]
-        self.state = _State(step, state["seconds"], state["evaluations"], state["history"])
+        self.state = State(step, state["seconds"], state["evaluations"], state["history"])
         return step
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Fill the per-parameter state, in each parameter's own memory layout; step counters stay where the optimizer keeps them."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        p = params[int(index)]
-        own = torch.empty_like(p) if value.shape == p.shape and name != "step" else torch.empty_like(value)
-        optimizer.state[p][name] = own.copy_(value)
 
 
 def run_together(trainers: Sequence[Trainer]) -> list[Result]:
     """Train several students in lockstep on the images of one synthesis; each result equals that of a run of its own.
 
-    The generator never looks at a student, so students of different bits or losses (`Trainer(..., share=first)`) need the
-    images only once. `seconds` of each result counts the synthesis in full.
+    Neither the generator nor the optimised images depend on a student, so students of different bits or losses
+    (`Trainer(..., share=first)`) need the images only once. `seconds` of each result counts the synthesis in full.
     """
     first = trainers[0]
     schedule, synthesis = first.recipe.schedule, first.synthesis
     if any(t.synthesis is not synthesis or t.state.step != first.state.step for t in trainers):
         raise UsageError("run_together needs trainers that share one synthesis and stand at the same step")
-    first.progress.start(schedule.generator_steps, first.recipe.name, done=first.state.step)
+    if first.recipe.images.enabled and first.state.step < schedule.steps:
+        images = _make_images(trainers)
+        for trainer in trainers:
+            trainer._use_images(images)
+    first.progress.start(schedule.steps, first.recipe.name, done=first.state.step)
     try:
         with StopRequest() as stop:
             for trainer in trainers:
                 if trainer.state.step == 0:
                     trainer._measure("float", synthesis.teacher)
-            while first.state.step < schedule.generator_steps:
-                batch = synthesis.step(first.state.step)
+            while first.state.step < schedule.steps:
+                batch = synthesis.step(first.state.step) if first._wants_generator else None
                 for trainer in trainers:
                     trainer._iterate(batch)
                 if stop.signal is not None:
@@ -361,3 +362,24 @@ def run_together(trainers: Sequence[Trainer]) -> list[Result]:
     finally:
         first.progress.stop()
     return [t._result() for t in trainers]
+
+
+def _make_images(trainers: Sequence[Trainer]) -> ImageSet:
+    """The optimised images, made or read from where they are kept; a run that is stopped meanwhile can be resumed."""
+    first, started = trainers[0], time.perf_counter()
+    synthesis, folder, run = first.synthesis, first.image_dir, first.run_dir
+    if folder is None and run is not None:
+        folder = run.image_dir
+    args = (synthesis.source, first.recipe.images, first.input_size, synthesis.num_classes, first.seed)
+    options: dict[str, Any] = dict(layout=first.layout, progress=first.progress)
+    try:
+        images = synthesize_images(*args, **options) if folder is None else cached_images(folder, *args, **options)
+    except Interrupted as stopped:
+        for trainer in trainers:
+            if trainer.state.step == 0:
+                trainer.save()
+        if run is not None:
+            stopped.args = (f"stopped while the images were made; go on with: {first.resume_hint}",)
+        raise
+    synthesis.seconds += time.perf_counter() - started
+    return images

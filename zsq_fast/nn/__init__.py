@@ -11,11 +11,13 @@ from zsq_fast.nn.conversion import (
     quantized_weights,
     summarize,
 )
+from zsq_fast.nn.features import FeatureTap, feature_points
 from zsq_fast.nn.layers import QuantAct, QuantConv2d, QuantLinear, weights_quantized_together
 from zsq_fast.nn.taps import BNStatsTap, usable_batch_norms
 
 __all__ = [
     "BNStatsTap",
+    "FeatureTap",
     "QuantAct",
     "QuantConv2d",
     "QuantLinear",
@@ -25,6 +27,7 @@ __all__ = [
     "Summary",
     "calibrating",
     "convert",
+    "feature_points",
     "freeze_ranges",
     "quantized_weights",
     "summarize",

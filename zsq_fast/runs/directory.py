@@ -20,8 +20,8 @@ from zsq_fast.runs.tensors import entry, pack, read_verified, unpack
 
 logger = logging.getLogger(__name__)
 
-RECIPE, INFO, MANIFEST, METRICS, CHECKPOINTS, LOCK = (
-    "recipe.json", "run.json", "MANIFEST.json", "metrics.jsonl", "checkpoints", ".lock",
+RECIPE, INFO, MANIFEST, METRICS, CHECKPOINTS, LOCK, IMAGES = (
+    "recipe.json", "run.json", "MANIFEST.json", "metrics.jsonl", "checkpoints", ".lock", "images",
 )  # fmt: skip
 _KEEP = 2
 
@@ -132,6 +132,11 @@ class RunDir:
                 storage.remove_tree(root / checkpoint.directory_name(old))
         self._damaged.clear()
 
+    @property
+    def image_dir(self) -> Path:
+        """Where the run keeps optimised images, which verify themselves; `discard` leaves them."""
+        return self.path / IMAGES
+
     def load_checkpoint(self) -> tuple[int, checkpoint.Groups, dict[str, Any]] | None:
         """(step, groups of contiguous CPU tensors, state) of the newest checkpoint that verifies; None: none was saved.
 
@@ -227,7 +232,8 @@ class RunDir:
 
 
 def check_free(path: str | os.PathLike[str]) -> None:
-    """UsageError unless a run can begin in `path`: absent, empty, or left by a `create` that was killed."""
+    """UsageError unless a run can begin in `path`: absent, empty, left by a `create` that was killed, or by a run that failed
+    after its images were made (they say themselves what they belong to)."""
     path = Path(path)
     if os.path.exists(path / MANIFEST):
         raise UsageError(
@@ -237,7 +243,7 @@ def check_free(path: str | os.PathLike[str]) -> None:
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file; choose another --out.")
         names = {entry.name for entry in path.iterdir()} if path.exists() else set()
-    foreign = sorted(n for n in names if n not in (LOCK, RECIPE, INFO) and not n.startswith(storage.TMP))
+    foreign = sorted(n for n in names if n not in (LOCK, RECIPE, INFO, IMAGES) and not n.startswith(storage.TMP))
     if foreign:
         raise UsageError(f"{path} is not empty ('{foreign[0]}' is in it); choose another --out.")
 
