@@ -48,8 +48,8 @@ def timer(device: str) -> Callable[[Callable[[], Any]], float]:
 
 def settle_malloc(keep: bool) -> None:
     """glibc's malloc maps an array afresh, page fault by page fault, or finds it in the heap, depending on the sizes that the process
-    has freed before: the reference then differs by a factor of four between two runs. Here it always maps 128 KiB and more, which is
-    how every process starts, or never gives anything back.
+    has freed before: left alone, the same reference call differs by a factor of four between two runs. This makes it map 128 KiB and
+    more every time, as at the start of a process, or never give anything back.
     """
     libc = ctypes.CDLL(None)
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # malloc.h
@@ -116,17 +116,16 @@ def main() -> int:
     ap.add_argument("--cold", action="store_true", help="256 MB go through the caches before every call")
     ap.add_argument(
         "--memory",
-        choices=["mapped", "kept", "fresh"],
-        default="mapped",
-        help="results on the CPU: the others' are mapped afresh and ours kept, as the libraries do it by themselves; all are kept; "
-        "all are fresh",
+        choices=["default", "mapped", "kept", "fresh"],
+        default="default",
+        help="results of the others on the CPU: as malloc pleases; always mapped afresh; kept as ours are; ours mapped afresh too",
     )
     ap.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes to compile")
     ap.add_argument("--device", default="cpu")
     ap.add_argument("--json", type=Path, help="write a record with the environment and every sample")
     ap.add_argument("--gate", action="store_true", help="exit 1 when a ratio falls below its gate (two CPU cores)")
     args = ap.parse_args()
-    if args.device == "cpu":
+    if args.device == "cpu" and args.memory != "default":
         settle_malloc(args.memory == "kept")
     cases = layer_cases(args.device) if args.layers else (make(args.device) for make in CASES)
     results, failed = [], []
