@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from zsq_fast.errors import UnsupportedModelError, UsageError
+from zsq_fast.errors import UnsupportedModelError
 from zsq_fast.nn.layers import QuantAct, QuantConv2d, QuantLinear, check_bits
+from zsq_fast.nn.probe import probing
 
 _RELU_FUNCTIONS = {
     F.relu, F.relu_, F.relu6, F.hardtanh, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_,
@@ -148,19 +149,8 @@ def _count_calls(
     by_modules: Counter[str] = Counter()
     rectifiers = [m for m in model.modules() if isinstance(m, (nn.ReLU, nn.Hardtanh))]  # ReLU6 is a Hardtanh
     handles += [m.register_forward_hook(lambda *_: by_modules.update(["relu"])) for m in rectifiers]
-    modes = {m: m.training for m in model.modules()}
-    weight = next(model.parameters())
-    model.eval()
-    try:
-        with torch.no_grad(), _ReluCalls() as mode:
-            model(torch.zeros(2, *input_size, device=weight.device, dtype=weight.dtype))
-    except Exception as error:
-        raise UsageError(f"the model does not run on an input of size {tuple(input_size)}: {error}") from error
-    finally:
-        for m, training in modes.items():
-            m.training = training
-        for handle in handles:
-            handle.remove()
+    with probing(model, input_size, handles) as zeros, torch.no_grad(), _ReluCalls() as mode:
+        model(zeros)
     return calls, mode.total - by_modules["relu"]
 
 

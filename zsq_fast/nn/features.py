@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zsq_fast.errors import UnsupportedModelError, UsageError, nearest
+from zsq_fast.nn.probe import probing
 
 
 def feature_points(model: nn.Module, input_size: Sequence[int]) -> tuple[str, ...]:
@@ -80,22 +81,10 @@ def _trace(model: nn.Module, input_size: Sequence[int]) -> tuple[dict[Any, tuple
     handles = [
         m.register_forward_hook(lambda m, args, out, name=name: note(name, m, out)) for name, m in model.named_modules()
     ]
-    modes = {m: m.training for m in model.modules()}
-    weight = next(model.parameters())
-    x = torch.zeros(2, *input_size, device=weight.device, dtype=weight.dtype, requires_grad=True)
-    model.eval()
-    try:
-        with torch.enable_grad():
-            source = x * 1  # not x itself, which nothing may write over in place
-            leaf = source.grad_fn
-            out = model(source)
-    except Exception as error:
-        raise UsageError(f"the model does not run on an input of size {tuple(input_size)}: {error}") from error
-    finally:
-        for m, training in modes.items():
-            m.training = training
-        for handle in handles:
-            handle.remove()
+    with probing(model, input_size, handles) as zeros, torch.enable_grad():
+        source = zeros.requires_grad_() * 1  # not a leaf, which nothing may write over in place
+        leaf = source.grad_fn
+        out = model(source)
     if not isinstance(out, Tensor):
         raise UnsupportedModelError(f"the model must return class logits [N, classes], got {type(out).__name__}")
     return made_by, leaf, out.grad_fn
