@@ -35,6 +35,7 @@ def main() -> None:
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     ap.add_argument("--limit", type=int)
     ap.add_argument("--eval-every", type=int)
+    ap.add_argument("--images", type=Path, help="where optimised images are kept and looked for")
     ap.add_argument("--out", type=Path, default=record.RESULTS)
     args = ap.parse_args()
 
@@ -72,6 +73,7 @@ def main() -> None:
                     eval_every=args.eval_every,
                     progress=progress if not trainers else None,
                     share=trainers[0] if trainers else None,
+                    image_dir=args.images,
                 )
             )
     environment = record.environment()

@@ -573,6 +573,16 @@ def test_kept_batch_of_another_recipe_is_not_taken(tmp_path):
     assert same(make(options={"keep": tmp_path}, **INTRAQ), make(**INTRAQ))
 
 
+def test_smaller_set_is_the_beginning_of_a_larger_one(tmp_path):
+    """Down to its last batch, which is smaller and therefore another one."""
+    whole = make(how=cached_images, first=[tmp_path], count=20, **INTRAQ)
+    new = []
+    options = {"log": lambda **r: new.append(r["images_batch"])}
+    part = make(how=cached_images, first=[tmp_path], count=13, options=options, **INTRAQ)
+    assert new == [1] and torch.equal(part.images[:8], whole.images[:8])
+    assert same(part, make(count=13, **INTRAQ)) and len(list(tmp_path.iterdir())) == 1
+
+
 def test_shards_fill_one_cache(tmp_path, monkeypatch):
     whole = make(**HAST)
     for i in (1, 0):
@@ -587,7 +597,7 @@ def test_stop_request_keeps_finished_batches(tmp_path):
 
     with pytest.raises(Interrupted, match="stopped in batch 2; what was finished is kept") as caught:
         make(options={"log": stop, "keep": tmp_path})
-    assert caught.value.exit_code == 130 and [f.name for f in tmp_path.iterdir()] == ["batch-00000.safetensors"]
+    assert caught.value.exit_code == 130 and [f.name for f in tmp_path.iterdir()] == ["batch-00000x8.safetensors"]
     with pytest.raises(Interrupted, match="was not kept"):
         make(options={"log": stop})
 

@@ -467,8 +467,11 @@ def _tensors_sha256(tensors: Mapping[str, Tensor], text: str = "") -> str:
 def provenance(
     teacher: nn.Module, spec: Images, input_size: Sequence[int], num_classes: int, seed: int
 ) -> dict[str, Any]:
-    """Everything that images follow from, as JSON holds it; `teacher` is the SHA-256 of its parameters and buffers."""
-    images = {name: value for name, value in dataclasses.asdict(spec).items() if name != "enabled"}
+    """Everything that a batch of images follows from, as JSON holds it; `teacher` is the SHA-256 of its parameters and buffers.
+
+    How many batches there are is no part of it: a smaller set is the beginning of a larger one.
+    """
+    images = {name: value for name, value in dataclasses.asdict(spec).items() if name not in ("enabled", "count")}
     result: dict[str, Any] = json.loads(
         json.dumps(
             {
@@ -542,13 +545,13 @@ class _Shelf:
         with writing(directory):
             make_directory(directory)
 
-    def _entry(self, index: int) -> tuple[Path, dict[str, Any]]:
-        return self.directory / f"batch-{index:05d}.safetensors", {**self.provenance, "batch": index}
+    def _entry(self, index: int, size: int) -> tuple[Path, dict[str, Any]]:
+        return self.directory / f"batch-{index:05d}x{size}.safetensors", {**self.provenance, "batch": index}
 
     def load(self, index: int, place: ImageSet) -> bool:
         """Whether the batch lies here intact; it is then copied to `place`."""
         try:
-            found, _ = load_images(*self._entry(index))
+            found, _ = load_images(*self._entry(index, len(place.labels)))
         except BadFileError:
             return False
         if found.images.shape != place.images.shape:
@@ -558,7 +561,7 @@ class _Shelf:
         return True
 
     def save(self, index: int, batch: ImageSet) -> None:
-        path, wanted = self._entry(index)
+        path, wanted = self._entry(index, len(batch.labels))
         save_images(path, batch, wanted)
 
 
@@ -573,8 +576,8 @@ def cached_images(
 ) -> ImageSet:
     """`synthesize_images`, kept in a subdirectory of `directory` that is named after the provenance.
 
-    Sets of other recipes, seeds or teachers lie beside it untouched. A complete set is only read; an incomplete or damaged
-    one is completed. Several processes may do so at once: each writes the same bytes.
+    Sets of other recipes, seeds or teachers lie beside it untouched; one that differs in `count` alone shares its batches. A
+    complete set is only read; an incomplete or damaged one is completed. Several processes may do so at once: each writes the same bytes.
     """
     text = json.dumps(provenance(teacher, spec, input_size, num_classes, seed), sort_keys=True)
     keep = Path(directory) / hashlib.sha256(text.encode()).hexdigest()[:16]

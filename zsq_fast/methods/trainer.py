@@ -18,7 +18,7 @@ from zsq_fast.errors import Interrupted, TrainingError, UnsupportedModelError, U
 from zsq_fast.methods.batches import ImageBatches
 from zsq_fast.methods.images import ImageSet, cached_images, synthesize_images
 from zsq_fast.methods.meters import Meters
-from zsq_fast.methods.recipe import Recipe
+from zsq_fast.methods.recipe import Images, Recipe
 from zsq_fast.methods.search import settle_genotype
 from zsq_fast.methods.state import State, optimizer_tensors, restore_optimizer
 from zsq_fast.methods.steps import StudentStep
@@ -122,13 +122,13 @@ class Trainer:
         self.recipe = recipe = settle_genotype(recipe, teacher, self.input_size, seed, self.layout)
         if share is not None:
             theirs, mine = (
-                (t.recipe.generator, t.recipe.images, t.recipe.schedule, t.seed, t.input_size, t.layout)
+                (t.recipe.generator, t.recipe.images.enabled, t.recipe.schedule, t.seed, t.input_size, t.layout)
                 for t in (share, self)
             )
             if theirs != mine or share.synthesis.source is not teacher:
                 raise UsageError(
-                    "trainers can share images only with the same teacher, generator, images, schedule, seed, input size and "
-                    "layout"
+                    "trainers can share images only with the same teacher, generator, images.enabled, schedule, seed, input "
+                    "size and layout"
                 )
             self.synthesis: Synthesis = share.synthesis
         else:
@@ -180,6 +180,21 @@ class Trainer:
         """Whether the next iteration is one of the generator's: all of them, or the warm-up before optimised images."""
         schedule = self.recipe.schedule
         return not self.recipe.images.enabled or self.state.step < schedule.warmup_epochs * schedule.iterations
+
+    def _make_images(self) -> ImageSet:
+        started, folder = time.perf_counter(), self.image_dir
+        if folder is None and self.run_dir is not None:
+            folder = self.run_dir.image_dir
+        args = (self.synthesis.source, self.recipe.images, self.input_size, self.synthesis.num_classes, self.seed)
+        options: dict[str, Any] = dict(layout=self.layout, progress=self.progress)
+        try:
+            images = synthesize_images(*args, **options) if folder is None else cached_images(folder, *args, **options)
+        except Interrupted as stopped:
+            if self.run_dir is not None:
+                stopped.args = (f"stopped while the images were made; go on with: {self.resume_hint}",)
+            raise
+        self.synthesis.seconds += time.perf_counter() - started
+        return images
 
     def _use_images(self, images: ImageSet) -> None:
         spec = self.recipe.student
@@ -336,16 +351,15 @@ def run_together(trainers: Sequence[Trainer]) -> list[Result]:
     """Train several students in lockstep on the images of one synthesis; each result equals that of a run of its own.
 
     Neither the generator nor the optimised images depend on a student, so students of different bits or losses
-    (`Trainer(..., share=first)`) need the images only once. `seconds` of each result counts the synthesis in full.
+    (`Trainer(..., share=first)`) need the images only once, each set of them if their recipes want several. `seconds` of each
+    result counts all synthesis in full.
     """
     first = trainers[0]
     schedule, synthesis = first.recipe.schedule, first.synthesis
     if any(t.synthesis is not synthesis or t.state.step != first.state.step for t in trainers):
         raise UsageError("run_together needs trainers that share one synthesis and stand at the same step")
     if first.recipe.images.enabled and first.state.step < schedule.steps:
-        images = _make_images(trainers)
-        for trainer in trainers:
-            trainer._use_images(images)
+        _provide_images(trainers)
     first.progress.start(schedule.steps, first.recipe.name, done=first.state.step)
     try:
         with StopRequest() as stop:
@@ -364,22 +378,17 @@ def run_together(trainers: Sequence[Trainer]) -> list[Result]:
     return [t._result() for t in trainers]
 
 
-def _make_images(trainers: Sequence[Trainer]) -> ImageSet:
-    """The optimised images, made or read from where they are kept; a run that is stopped meanwhile can be resumed."""
-    first, started = trainers[0], time.perf_counter()
-    synthesis, folder, run = first.synthesis, first.image_dir, first.run_dir
-    if folder is None and run is not None:
-        folder = run.image_dir
-    args = (synthesis.source, first.recipe.images, first.input_size, synthesis.num_classes, first.seed)
-    options: dict[str, Any] = dict(layout=first.layout, progress=first.progress)
-    try:
-        images = synthesize_images(*args, **options) if folder is None else cached_images(folder, *args, **options)
-    except Interrupted as stopped:
-        for trainer in trainers:
-            if trainer.state.step == 0:
-                trainer.save()
-        if run is not None:
-            stopped.args = (f"stopped while the images were made; go on with: {first.resume_hint}",)
-        raise
-    synthesis.seconds += time.perf_counter() - started
-    return images
+def _provide_images(trainers: Sequence[Trainer]) -> None:
+    """Gives every trainer its optimised images, each set made once or read from where it is kept."""
+    made: dict[Images, ImageSet] = {}
+    for trainer in trainers:
+        spec = trainer.recipe.images
+        if spec not in made:
+            try:
+                made[spec] = trainer._make_images()
+            except Interrupted:
+                for one in trainers:
+                    if one.state.step == 0:
+                        one.save()  # a run that is stopped meanwhile can be resumed
+                raise
+        trainer._use_images(made[spec])
