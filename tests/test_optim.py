@@ -85,6 +85,57 @@ def test_sweep(rows, cols, bits, lr, threshold, capped, grad, seed):
     both(*problem([(rows, cols)], grad=grad, seed=seed), lr=lr, bits=bits, threshold=threshold, capped=capped)
 
 
+def _between_codes(w, bits=4):
+    """Every weight an ulp or none from where its code changes; the ends of a row stay."""
+    lo, hi = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
+    scale = (2**bits - 1) / (hi - lo)
+    near = ((scale * (w - lo)).floor() + 0.5) / scale + lo
+    ulps = torch.randint(-1, 2, w.shape, generator=torch.Generator().manual_seed(1))
+    near = near + ulps * near.abs() * 2**-23
+    return torch.where((w == lo) | (w == hi), w, near)
+
+
+EDGES = {
+    "weights between two codes": _between_codes,
+    "zero points between two values": lambda w: torch.cat([w, -w], 1),  # symmetric rows: scale * lo = -7.5
+    "many weights at the ends": lambda w: w.clamp(-0.05, 0.07),
+    "far from zero": lambda w: w + 1000,
+    "all of one sign": lambda w: w.abs() + 0.01,
+    "constant rows": lambda w: w[:, :1].expand_as(w).contiguous(),
+    "two values": lambda w: w.sign() * 0.1,
+    "subnormal": lambda w: w * 1e-42,
+    "huge": lambda w: w * 1e38,
+    "rows with NaN": lambda w: torch.where(torch.arange(len(w))[:, None] % 5 == 0, float("nan"), w),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_rows_where_single_weights_decide(edge):
+    """The search leaves out the weights that cannot matter; here almost all of them can, or may seem not to."""
+    for seed, (lr, grad) in enumerate([(1e-4, 1e-5), (1e-4, 1e-3), (1e-2, 1e-2), (1.0, 10.0), (0.0, 1e-3)]):
+        weights, grads, momenta = problem([(40, 150), (7, 20)], grad=grad, seed=seed)
+        weights = [EDGES[edge](w) for w in weights]
+        wider = weights[0].shape[1] // grads[0].shape[1]
+        grads, momenta = ([t.repeat(1, wider) for t in tensors] for tensors in (grads, momenta))
+        for threshold in (1e-3, 2e-2, 0.3):
+            both(weights, grads, momenta, lr=lr, threshold=threshold)
+
+
+@pytest.mark.parametrize("ends", ["move outwards", "are overtaken"])
+def test_the_bounds_of_the_search_are_wide_enough(ends):
+    """All directions are equally long and add to what the moving range does to the codes, up to the last candidate, 126."""
+    w = problem([(200, 150)])[0][0]
+    if ends == "are overtaken":
+        w = w.sort(1).values
+        w[:, 1], w[:, -2] = w[:, 0] + 1e-4, w[:, -1] - 1e-4
+    outer = (w == w.amin(1, keepdim=True)) | (w == w.amax(1, keepdim=True))
+    if ends == "are overtaken":
+        outer = ~outer & ((w <= w[:, 1:2]) | (w >= w[:, -2:-1]))
+    for length in (0.02, 0.05, 0.1):
+        gradient = length * torch.where(outer, -w.sign(), w.sign())
+        both([w], [gradient], [torch.zeros_like(w)], nesterov=False, capped=True, threshold=0.9)
+
+
 def test_large_steps_are_not_amplified():
     weights, grads, momenta = problem(SHAPES[:3], grad=1.0)
     assert both(weights, grads, momenta, lr=1.0)[2].tolist() == [1, 1, 1]
