@@ -1,26 +1,153 @@
 """The main job on real input: ResNet-20 to low bits without data, judged on the 10,000 CIFAR-10 test images.
 
     python -m benchmarks.cifar10 --checkpoint cifar10_resnet20.safetensors --data cifar10_test.npz
+    python -m benchmarks.cifar10 --checkpoint ... --data ... --ablation direction weights
 
 Students of all recipes and bit widths are trained in lockstep on the images of one generator, which never looks at a student:
 each result is that of `zsq-fast quantize resnet20 --recipe R -w B -a B` with the same schedule and seed (a test compares them
-bit for bit). One record per student goes to benchmarks/results/.
+bit for bit). One record per student goes to benchmarks/results/, or one per ablation.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import zsq_fast as zsq
 from benchmarks import record
 from zsq_fast.data import evaluate, load_eval_data
-from zsq_fast.methods import Progress, run_together
+from zsq_fast.errors import TrainingError
+from zsq_fast.methods import Progress, Result, run_together
 from zsq_fast.models import load_model
+
+# HAST's ablations (supplement, tables 1 to 4 and figure 1; hast_family.md section 5.8), each the overrides of its students.
+ABLATIONS: dict[str, dict[str, list[str]]] = {
+    "direction": {name: [f"student.promote_by={name.lower()}"] for name in ("KL", "FA", "KL+FA")},
+    "weights": {
+        f"{a},{b}": [f"student.clean_weight={a}", f"student.promoted_weight={b}"]
+        for a, b in [(1, 0), (3, 1), (2, 1), (1, 1), (0, 1), (1, 4), (1, 3), (1, 2)]
+    },
+    "alignment": {
+        "relaxed": [],
+        # The published lambda of direct alignment is not known.
+        **{f"direct, lambda {value}": ["student.alignment=direct", f"student.feature_weight={value}"]
+           for value in (1, 10, 100, 1000)},
+    },
+    "samples": {str(n): [f"images.count={n}"] for n in (256, 1280, 2560, 5120)},
+    "epsilon": {str(value): [f"student.epsilon={value}"] for value in (0.002, 0.005, 0.01, 0.02, 0.05)},
+    "lambda": {str(value): [f"student.feature_weight={value}"] for value in (0, 100, 500, 1000, 2000, 4000)},
+    "gamma": {str(value): [f"images.hard_gamma={value}"] for value in (0, 0.5, 1, 2)},
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Job:
+    """What all students of a call share."""
+
+    args: argparse.Namespace
+
+    def __post_init__(self) -> None:
+        self.loaded = load_model("resnet20", self.args.checkpoint)
+        self.teacher = self.loaded.model.to(self.args.device)
+        self.images = load_eval_data(self.args.data, limit=self.args.limit)
+        self.trainers: list[zsq.Trainer] = []
+        self.environment = record.environment()
+
+    def add(self, recipe: str, bits: int, overrides: Sequence[str] = (), label: str = "") -> None:
+        resolved = zsq.load_recipe(
+            recipe,
+            input_size=(3, 32, 32),
+            schedule=self.args.schedule,
+            overrides=[*self.args.overrides, *overrides],
+            weight_bits=bits,
+            act_bits=bits,
+        )
+        first = self.trainers[0] if self.trainers else None
+        self.trainers.append(
+            zsq.Trainer(
+                self.teacher,
+                resolved,
+                input_size=(3, 32, 32),
+                seed=self.args.seed,
+                evaluate=self.measure(f"{label or recipe} w{bits}a{bits}"),
+                eval_every=self.args.eval_every,
+                progress=None if first else Progress(),
+                share=first,
+                image_dir=self.args.images,
+            )
+        )
+
+    def measure(self, name: str) -> Callable[[torch.nn.Module], float]:
+        def top1(network: torch.nn.Module) -> float:
+            mean, std = self.loaded.mean, self.loaded.std
+            value = evaluate(network, self.images, mean=mean, std=std, channels_last=self.args.device == "cpu").top1
+            print(f"{name} step {max(t.state.step for t in self.trainers)}: {value:.2f}", file=sys.stderr, flush=True)
+            return value
+
+        return top1
+
+    def run(self) -> list[tuple[zsq.Trainer, Result | TrainingError]]:
+        return list(zip(self.trainers, run_together(self.trainers), strict=True))
+
+    def outcome(self, trainer: zsq.Trainer, result: Result | TrainingError) -> dict[str, Any]:
+        """What a record says of one student."""
+        if isinstance(result, TrainingError):
+            return {"error": str(result), "recipe": trainer.recipe.to_dict(), "history": trainer.state.history}
+        return {
+            "results": {k: round(v, 2) for k, v in result.evaluations.items()},
+            "minutes": round(result.seconds / 60, 2),
+            "summary": result.summary.to_dict(),
+            "recipe": trainer.recipe.to_dict(),
+            "history": result.history,
+        }
+
+    def about(self) -> dict[str, Any]:
+        """What a record says of all of them."""
+        minutes = "synthesis and this student's steps, without evaluations"
+        if self.args.images:
+            minutes += "; optimised images found in --images cost no more than reading them"
+        return {
+            "what": "CIFAR-10 ResNet-20, top-1 in percent on the test images; float, round-to-nearest (rtn), last epoch",
+            "test_images": len(self.images), "checkpoint_sha256": self.loaded.sha256, "seed": self.args.seed,
+            "schedule": self.args.schedule, "minutes_are": f"{minutes}; {len(self.trainers)} students shared it",
+            "environment": self.environment,
+        }  # fmt: skip
+
+
+def train_recipes(job: Job) -> None:
+    args = job.args
+    for bits in args.bits:
+        for name in args.recipes:
+            job.add(name, bits)
+    for trainer, result in job.run():
+        recipe, outcome = trainer.recipe, job.outcome(trainer, result)
+        width = f"w{recipe.quant.weight_bits}a{recipe.quant.act_bits}"
+        alone = recipe.schedule.steps - recipe.student_steps
+        name = f"cifar10_resnet20_{recipe.name}_{width}_{alone}+{recipe.student_steps}_seed{args.seed}"
+        print(f"{name}: {outcome.get('results', outcome.get('error'))}, {outcome.get('minutes')} min", flush=True)
+        record.write(args.out / f"{name}.json", {**job.about(), **outcome})
+
+
+def train_ablations(job: Job) -> None:
+    args, owners = job.args, []
+    for name in args.ablation:
+        for value, overrides in ABLATIONS[name].items():
+            job.add("hast", 3, overrides, f"{name} {value}")
+            owners.append((name, value))
+    outcomes: dict[str, dict[str, Any]] = {}
+    for (name, value), (trainer, result) in zip(owners, job.run(), strict=True):
+        outcomes.setdefault(name, {})[value] = outcome = job.outcome(trainer, result)
+        outcome.pop("summary", None)
+        print(f"{name} {value}: {outcome.get('results', outcome.get('error'))}", flush=True)
+    for name, students in outcomes.items():
+        file = args.out / f"cifar10_resnet20_hast_w3a3_ablation_{name}_seed{args.seed}.json"
+        record.write(file, {**job.about(), "ablation": name, "students": students})
 
 
 def main() -> None:
@@ -29,6 +156,7 @@ def main() -> None:
     ap.add_argument("--data", required=True)
     ap.add_argument("--recipes", nargs="+", default=["kl_only", "gdfq", "ait"])
     ap.add_argument("--bits", nargs="+", type=int, default=[4, 3])
+    ap.add_argument("--ablation", nargs="+", choices=ABLATIONS, help="HAST's ablations at W3A3 instead of recipes")
     ap.add_argument("--schedule", default="short")
     ap.add_argument("--set", nargs="+", default=[], dest="overrides")
     ap.add_argument("--seed", type=int, default=0)
@@ -37,64 +165,8 @@ def main() -> None:
     ap.add_argument("--eval-every", type=int)
     ap.add_argument("--images", type=Path, help="where optimised images are kept and looked for")
     ap.add_argument("--out", type=Path, default=record.RESULTS)
-    args = ap.parse_args()
-
-    loaded = load_model("resnet20", args.checkpoint)
-    teacher = loaded.model.to(args.device)
-    images = load_eval_data(args.data, limit=args.limit)
-    progress = Progress()
-
-    def measure(name: str) -> Callable[[torch.nn.Module], float]:
-        def top1(network: torch.nn.Module) -> float:
-            value = evaluate(network, images, mean=loaded.mean, std=loaded.std, channels_last=args.device == "cpu").top1
-            print(f"{name} step {trainers[0].state.step}: {value:.2f}", file=sys.stderr, flush=True)
-            return value
-
-        return top1
-
-    trainers: list[zsq.Trainer] = []
-    for bits in args.bits:
-        for name in args.recipes:
-            recipe = zsq.load_recipe(
-                name,
-                input_size=(3, 32, 32),
-                schedule=args.schedule,
-                overrides=args.overrides,
-                weight_bits=bits,
-                act_bits=bits,
-            )
-            trainers.append(
-                zsq.Trainer(
-                    teacher,
-                    recipe,
-                    input_size=(3, 32, 32),
-                    seed=args.seed,
-                    evaluate=measure(f"{name} w{bits}a{bits}"),
-                    eval_every=args.eval_every,
-                    progress=progress if not trainers else None,
-                    share=trainers[0] if trainers else None,
-                    image_dir=args.images,
-                )
-            )
-    environment = record.environment()
-    for trainer, result in zip(trainers, run_together(trainers), strict=True):
-        recipe = trainer.recipe
-        width = f"w{recipe.quant.weight_bits}a{recipe.quant.act_bits}"
-        alone = recipe.schedule.steps - recipe.student_steps
-        name = f"cifar10_resnet20_{recipe.name}_{width}_{alone}+{recipe.student_steps}_seed{args.seed}"
-        minutes = round(result.seconds / 60, 2)
-        values = {k: round(v, 2) for k, v in result.evaluations.items()}
-        print(f"{name}: {values}, {minutes} min", flush=True)
-        record.write(
-            args.out / f"{name}.json",
-            {
-                "what": "CIFAR-10 ResNet-20, top-1 in percent on the test images; float, round-to-nearest (rtn), last epoch",
-                "test_images": len(images), "checkpoint_sha256": loaded.sha256, "seed": args.seed, "schedule": args.schedule,
-                "results": values, "minutes": minutes,
-                "minutes_are": f"synthesis and this student's steps, without evaluations; {len(trainers)} students shared it",
-                "summary": result.summary.to_dict(), "environment": environment, "recipe": recipe.to_dict(), "history": result.history,
-            },
-        )  # fmt: skip
+    job = Job(ap.parse_args())
+    train_ablations(job) if job.args.ablation else train_recipes(job)
 
 
 if __name__ == "__main__":

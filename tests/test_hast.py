@@ -300,8 +300,8 @@ def test_published_numbers():
         assert inundated.inundation.threshold == threshold
     for name in RECIPES:
         short = load_recipe(name, input_size=(3, 32, 32), schedule="short")
-        assert (short.generator_steps, short.student_steps) == (800, 600)
-        assert (short.images.count, short.images.iterations, short.student.batch_size) == (1024, 250, 64)
+        assert (short.generator_steps, short.student_steps) == (800, 2000)
+        assert (short.images.count, short.images.iterations, short.student.batch_size) == (2048, 250, 64)
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,20 @@ def test_training_in_lockstep_equals_training_alone():
             Trainer(other, recipe(), input_size=SIZE, seed=seed, share=trainers[0])
 
 
+def test_a_student_that_diverges_leaves_the_others_alone():
+    """Even the one whose trainer makes the images."""
+    teacher = tiny()
+    bad = Trainer(teacher, recipe("gdfq", "student.lr=1e30"), input_size=SIZE, seed=3)
+    good = Trainer(teacher, recipe("gdfq"), input_size=SIZE, seed=3, share=bad)
+    error, result = run_together([bad, good])
+    assert isinstance(error, TrainingError) and "NaN or infinite" in str(error)
+    assert same_tensors(result.student, train("gdfq", teacher=teacher, seed=3).student)
+    again = [Trainer(teacher, bad.recipe, input_size=SIZE, seed=3)]
+    again.append(Trainer(teacher, bad.recipe, input_size=SIZE, seed=3, share=again[0]))
+    with pytest.raises(TrainingError):
+        run_together(again)
+
+
 def test_evaluations_are_reported_and_choose_nothing():
     scores = iter([90.0, 50.0, 99.0, 10.0])
     result = train(evaluate=lambda network: next(scores), eval_every=1)

@@ -20,7 +20,7 @@ from zsq_fast.data import evaluate
 from zsq_fast.demo.digits import SIDE, TEST_IMAGES, Digits, Settings, load_digits, trained_network
 from zsq_fast.demo.pictures import Curve, contact_sheet, curves
 from zsq_fast.demo.table import Row, markdown, print_table
-from zsq_fast.errors import Interrupted, UsageError
+from zsq_fast.errors import Interrupted, TrainingError, UsageError
 from zsq_fast.methods import Recipe, Result, Trainer, load_recipe, run_together
 from zsq_fast.runs import Progress
 from zsq_fast.runs.storage import make_directory, replace_file, to_json, writing
@@ -72,10 +72,14 @@ def _train(teacher: nn.Module, recipes: Sequence[Recipe], digits: Digits, seed: 
         options: dict[str, Any] = {"share": trainers[0]} if trainers else {"progress": _Bar(quiet=quiet)}
         trainers.append(Trainer(teacher, recipe, input_size=INPUT, seed=seed, evaluate=top1, eval_every=1, **options))
     try:
-        return run_together(trainers)
+        results = run_together(trainers)
     except Interrupted as stop:
         text = "stopped; the demo keeps no half-finished work and can be started again."
         raise Interrupted(text, stop.exit_code - 128) from None
+    for result in results:
+        if isinstance(result, TrainingError):
+            raise result
+    return [result for result in results if isinstance(result, Result)]
 
 
 def _row(method: str, bits: int | None, top1: float, seconds: float, size_bytes: int) -> Row:

@@ -282,7 +282,9 @@ class Trainer:
 
     def run(self) -> Result:
         """Train from the current state to the end of the schedule."""
-        return run_together([self])[0]
+        (result,) = run_together([self])
+        assert isinstance(result, Result)  # an error of the only student was raised
+        return result
 
     def _result(self) -> Result:
         state = self.state
@@ -347,12 +349,13 @@ class Trainer:
         return step
 
 
-def run_together(trainers: Sequence[Trainer]) -> list[Result]:
+def run_together(trainers: Sequence[Trainer]) -> list[Result | TrainingError]:
     """Train several students in lockstep on the images of one synthesis; each result equals that of a run of its own.
 
     Neither the generator nor the optimised images depend on a student, so students of different bits or losses
     (`Trainer(..., share=first)`) need the images only once, each set of them if their recipes want several. `seconds` of each
-    result counts all synthesis in full.
+    result counts all synthesis in full. A student that diverges drops out and has its error for a result; the error is raised
+    only when none is left.
     """
     first = trainers[0]
     schedule, synthesis = first.recipe.schedule, first.synthesis
@@ -361,21 +364,28 @@ def run_together(trainers: Sequence[Trainer]) -> list[Result]:
     if first.recipe.images.enabled and first.state.step < schedule.steps:
         _provide_images(trainers)
     first.progress.start(schedule.steps, first.recipe.name, done=first.state.step)
+    training, errors = list(trainers), dict[int, TrainingError]()
     try:
         with StopRequest() as stop:
             for trainer in trainers:
                 if trainer.state.step == 0:
                     trainer._measure("float", synthesis.teacher)
-            while first.state.step < schedule.steps:
-                batch = synthesis.step(first.state.step) if first._wants_generator else None
-                for trainer in trainers:
-                    trainer._iterate(batch)
+            while training[0].state.step < schedule.steps:
+                batch = synthesis.step(training[0].state.step) if training[0]._wants_generator else None
+                for trainer in list(training):
+                    try:
+                        trainer._iterate(batch)
+                    except TrainingError as error:
+                        errors[id(trainer)] = error
+                        training.remove(trainer)
+                        if not training:
+                            raise
                 if stop.signal is not None:
-                    for trainer in reversed(trainers):  # each saves; the last call raises
-                        trainer._stop(stop.signal) if trainer is first else trainer.save()
+                    for trainer in reversed(training):  # each saves; the last call raises
+                        trainer._stop(stop.signal) if trainer is training[0] else trainer.save()
     finally:
         first.progress.stop()
-    return [t._result() for t in trainers]
+    return [errors[id(t)] if id(t) in errors else t._result() for t in trainers]
 
 
 def _provide_images(trainers: Sequence[Trainer]) -> None:
