@@ -102,7 +102,7 @@ def row(case: Case, samples: Samples) -> dict[str, Any]:
         "gates": case.gates,
         "moonshots": case.moonshots,
         "seconds": best,
-        "samples": samples,
+        "samples": {name: [float(f"{x:.4g}") for x in values] for name, values in samples.items()},
     }
 
 

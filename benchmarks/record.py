@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -55,4 +56,6 @@ def environment() -> dict[str, Any]:
 
 def write(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    text = json.dumps(record, indent=1)
+    lists = r"\[[-\s\d.,e+]+\]"  # of numbers: on one line, for people and for git
+    path.write_text(re.sub(lists, lambda found: " ".join(found[0].split()), text) + "\n")
