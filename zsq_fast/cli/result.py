@@ -13,6 +13,7 @@ from zsq_fast.methods import Recipe, Result
 from zsq_fast.nn import Summary
 
 STUDENT = "student.safetensors"
+CHOSEN = "chosen.safetensors"
 RESULT = "result.json"
 
 # evaluation key of the trainer -> (what is printed, whether it is a quantized network)
@@ -20,11 +21,20 @@ STAGES = {
     "float": ("float", False),
     "rtn": ("round-to-nearest", True),
     "last": ("last epoch", True),
+    "chosen": ("chosen epoch", True),
 }
 
 
 def record(job: Job, recipe: Recipe, result: Result, student: Path) -> dict[str, Any]:
-    """The content of result.json; accuracies are top-1 percents and absent without test images."""
+    """The content of result.json; accuracies are top-1 percents and absent without test images. `held_out`: what the epoch was
+    chosen by, of that epoch and of the last; `best_on_test` only where every so-manieth epoch was measured."""
+    held_out = {
+        name: {key: result.history[epoch][f"held_out_{key}"] for key in ("agreement", "kl")}
+        for name, epoch in (("chosen", result.chosen_epoch), ("last", -1))
+        if result.chosen_epoch is not None and epoch is not None
+    }
+    first = recipe.schedule.warmup_epochs
+    measured = [r["top1"] for r in result.history[first:] if r.get("top1") is not None] if job.eval_every else []
     return {
         "model": job.model,
         "recipe": recipe.name,
@@ -36,6 +46,9 @@ def record(job: Job, recipe: Recipe, result: Result, student: Path) -> dict[str,
         "top1": {name: float(value) for name, value in result.evaluations.items()},
         "eval_data": job.eval_data,
         "eval_limit": job.eval_limit,
+        "best_on_test": max(measured, default=None),
+        "chosen_epoch": result.chosen_epoch,
+        "held_out": held_out,
         "minutes": result.seconds / 60,
         "student": str(student.resolve()),
         **result.summary.to_dict(),
@@ -50,12 +63,16 @@ def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
         f"{result['model']}, {result['recipe']}, W{result['weight_bits']}A{result['act_bits']}, seed {result['seed']}"
     )
     sizes = _size(result["float_bytes"]), f"{_size(result['packed_bytes'])} packed"
-    top1 = result["top1"]
-    rows = [(text, sizes[quantized], top1.get(key)) for key, (text, quantized) in STAGES.items()]
+    top1, chosen = result["top1"], result.get("chosen_epoch")
+    stages = {key: stage for key, stage in STAGES.items() if key != "chosen" or chosen is not None}
+    rows = [(text, sizes[quantized], top1.get(key)) for key, (text, quantized) in stages.items()]
     for text, size, accuracy in rows:
         print(f"  {text:<18}{size:>16}{'' if accuracy is None else f'{accuracy:10.2f} %'}")
     if not top1:
         print("  (no accuracy: no real test images were given by --eval-data)")
+    if chosen is not None:
+        shares = (f"{100 * result['held_out'][name]['agreement']:.2f} % {name}" for name in ("chosen", "last"))
+        print(f"  epoch {chosen + 1} agrees best with the float network on synthetic images: {', '.join(shares)}")
     for site in result["left_float"]:
         print(f"  stays float: {site['name'] or 'the model'} ({site['kind']}): {site['why']}")
     print(f"{result['minutes']:.1f} minutes; fake-quantized student: {result['student']}")
