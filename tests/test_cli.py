@@ -73,12 +73,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(capsys, tiny, tmp_path):
     words = ("quantize", *tiny.model, "--recipe", "ait", "-w", 3, "-a", 5, "--dry-run", "--out", out_dir)
     code, out, err = call(capsys, *words)
     assert code == 0, err
+    assert "79200 x " in out and "in all" in out and "peak resident memory" in out
     assert "2 conv at 3 bits" in out and "2 act at 5 bits" in out
     code, out, _ = call(capsys, *words, "--json")
     plan = json.loads(out)
     assert plan["network"]["weight_tensors"] == 3 and plan["job"]["input_size"] == [3, 8, 8]
     assert plan["recipe"]["quant"]["weight_bits"] == 3
     assert plan["images"] == 400 * 200 * 200 and plan["student_steps"] == 396 * 200
+    cost = plan["estimate"]
+    assert {s["name"]: s["count"] for s in cost["stages"]}["student steps"] == 396 * 200 and cost["runs"] == 1
+    assert cost["seconds"] == pytest.approx(sum(s["count"] * s["seconds_each"] for s in cost["stages"])) > 0
     assert not out_dir.exists()
 
 

@@ -150,6 +150,8 @@ def test_without_data_there_is_agreement_alone(capsys, tiny, tmp_path):
 def test_dry_run_writes_nothing(capsys, tiny, tmp_path):
     code, text, err = call(capsys, *words(tiny, tmp_path / "runs", "--dry-run", "--json"))
     assert code == 0, err
-    recipe = json.loads(text)["recipe"]
+    plan = json.loads(text)
+    recipe = plan["recipe"]
+    assert plan["estimate"]["runs"] == 3 and plan["estimate"]["seconds"] > 0
     assert recipe["student"]["promote_by"] == "kl" and recipe["quant"]["weight_bits"] == 3
     assert not (tmp_path / "runs").exists()

@@ -120,7 +120,7 @@ def add_job_options(parser: Parser, *, data: str, limit: str) -> None:
     add(limit, dest="eval_limit", type=integer(1), metavar="N", help=few)
     add("--mean", type=numbers, metavar="M,M,M", help="normalisation of the test images, pixels in 0..1")
     add("--std", type=numbers, metavar="S,S,S")
-    add("--dry-run", action="store_true", help="print the resolved plan and stop")
+    add("--dry-run", action="store_true", help="print the resolved plan, estimates of time and memory, and stop")
     add("--force", action="store_true", help="go on although the network looks untrained")
     add("--allow-import", action="store_true", help="allow the model to import and run your code")
     add("--quiet", action="store_true", help="no progress")

@@ -10,6 +10,7 @@ from typing import Any
 
 from zsq_fast.cli.job import Job
 from zsq_fast.methods import Recipe, Result
+from zsq_fast.methods.estimate import Estimate
 from zsq_fast.nn import Summary
 
 STUDENT = "student.safetensors"
@@ -82,11 +83,12 @@ def _size(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 50_000 else f"{count / 1e3:.2f} kB"
 
 
-def print_plan(job: Job, recipe: Recipe, summary: Summary, *, as_json: bool) -> None:
-    """The resolved job and recipe, and what of the network would be quantized."""
+def print_plan(job: Job, recipe: Recipe, summary: Summary, cost: Estimate, *, runs: int, as_json: bool) -> None:
+    """The resolved job and recipe, what of the network would be quantized, and what one run and all would take."""
     schedule = recipe.schedule
     plan: dict[str, Any] = {"job": asdict(job), "recipe": recipe.to_dict(), "network": summary.to_dict()}
     plan["generator_steps"], plan["student_steps"] = recipe.generator_steps, recipe.student_steps
+    plan["estimate"] = {**cost.to_dict(), "runs": runs}
     plan["images"] = recipe.generator_steps * schedule.batch_size
     if as_json:
         print(json.dumps(plan, indent=1))
@@ -95,10 +97,33 @@ def print_plan(job: Job, recipe: Recipe, summary: Summary, *, as_json: bool) -> 
     print(f"images: {plan['images']} generated, {schedule.batch_size} at a time, no real ones")
     if recipe.images.enabled:
         print(f"images: {recipe.images.count} optimised, {recipe.images.batch_size} at a time")
+    _print_estimate(cost, runs, job.threads)
     print(summary)
     for title, values in (("recipe", _flat(plan["recipe"])), ("job", _flat(plan["job"]))):
         print(f"{title}:")
         print("\n".join(f"  {key} = {json.dumps(value)}" for key, value in values.items()))
+
+
+def _print_estimate(cost: Estimate, runs: int, threads: int) -> None:
+    where = cost.device if cost.device != "cpu" else f"cpu, {threads} threads"
+    print(f"time ({where}; 2 iterations of each kind measured, evaluations and checkpoints left out):")
+    for stage in cost.stages:
+        print(f"  {stage.name:<20}{stage.count:>8} x {stage.each:.4g} s = {_duration(stage.seconds)}")
+    print(
+        f"  in all {_duration(cost.seconds)}" + (f", {runs} runs {_duration(runs * cost.seconds)}" if runs > 1 else "")
+    )
+    if cost.peak_bytes is not None:
+        kind = "rise of the process's peak resident memory" if where.startswith("cpu") else "most allocated on the GPU"
+        print(f"memory: {_size(cost.peak_bytes)}, {kind} while measuring")
+    if cost.image_set_bytes:
+        print(f"memory: {_size(cost.image_set_bytes)} on top for all optimised images")
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

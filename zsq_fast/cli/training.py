@@ -14,6 +14,7 @@ from zsq_fast.cli.job import Job, evaluator, load
 from zsq_fast.cli.result import CHOSEN, RESULT, STUDENT, print_plan, record
 from zsq_fast.errors import Interrupted
 from zsq_fast.methods import Recipe, Trainer, student_like
+from zsq_fast.methods.estimate import estimate
 from zsq_fast.nn import summarize
 from zsq_fast.runs import Progress, RunDir
 
@@ -24,10 +25,12 @@ def default_out(job: Job, recipe_name: str, recipe: Recipe) -> Path:
 
 
 def plan(job: Job, recipe: Recipe, teacher: nn.Module, *, runs: int = 1, as_json: bool = False) -> int:
-    """--dry-run: prints what would be done."""
+    """--dry-run: prints what would be done and what it would take, for so many runs."""
     assert job.input_size is not None
     student = student_like(teacher, recipe, job.input_size)
-    print_plan(job, recipe, summarize(student), as_json=as_json)
+    options: dict[str, Any] = dict(seed=job.seed, channels_last=job.channels_last, force=job.force)
+    cost = estimate(teacher, recipe, input_size=job.input_size, **options)
+    print_plan(job, recipe, summarize(student), cost, runs=runs, as_json=as_json)
     return 0
 
 
