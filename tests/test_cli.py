@@ -28,7 +28,7 @@ def test_help_names_every_verb(capsys):
     assert call(capsys)[0] == 2
 
 
-@pytest.mark.parametrize("verb", ["quantize", "resume", "evaluate", "recipes", "env"])
+@pytest.mark.parametrize("verb", ["quantize", "resume", "evaluate", "reproduce", "recipes", "env"])
 def test_help_of_each_verb(capsys, verb):
     code, out, err = call(capsys, verb, "--help")
     assert (code, err) == (0, "") and f"usage: zsq-fast {verb}" in out
@@ -43,7 +43,13 @@ def test_as_a_module():
 
 def test_help_and_typing_errors_do_not_wait_for_torch():
     script = "import sys; from zsq_fast.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
-    for words, code in (["--version"], 0), (["quantize", "--help"], 0), (["evaluate", "x", "--dta", "y"], 2):
+    for words, code in (
+        (["--version"], 0),
+        (["quantize", "--help"], 0),
+        (["reproduce", "--list", "hast"], 0),
+        (["reproduce", "x/y/z"], 2),
+        (["evaluate", "x", "--dta", "y"], 2),
+    ):
         command = [sys.executable, "-c", script, *words]
         result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
         assert result.stdout.splitlines()[-1] == f"{code} False", result.stderr

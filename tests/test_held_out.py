@@ -14,7 +14,7 @@ from torch import nn
 import zsq_fast as zsq
 from zsq_fast import nn as znn
 from zsq_fast.errors import Interrupted, UsageError
-from zsq_fast.methods import Recipe, Trainer, load_recipe, run_together
+from zsq_fast.methods import Recipe, Trainer, available_recipes, load_recipe, run_together
 from zsq_fast.methods.held_out import HeldOut, chosen_record
 from zsq_fast.runs import RunDir
 
@@ -113,14 +113,15 @@ def test_no_student_no_choice():
 
 
 def test_lockstep_shares_what_is_held_out():
-    teacher, names, trainers = residual(), ["ait", "gdfq", "kl_only"], []
+    teacher, names, trainers = residual(), ["rtn", "ait", "gdfq", "kl_only"], []  # the first wants none
     for name in names:
         trainers.append(trainer(name, teacher=teacher, seed=3, share=trainers[0] if trainers else None))
     for name, result in zip(names, run_together(trainers), strict=True):
         alone = trainer(name, teacher=teacher, seed=3).run()
         assert result.synthesis.held_out is trainers[0].synthesis.held_out is not None
         assert result.history == alone.history and result.chosen_epoch == alone.chosen_epoch
-        assert same_state(result.chosen_state, alone.chosen_state)
+        assert same_state(result.chosen_state or {}, alone.chosen_state or {})
+        assert (result.chosen_state is None) == (name == "rtn")
 
 
 @pytest.mark.parametrize("name", ["ait", "hast"])
@@ -163,4 +164,10 @@ def test_time_is_counted_once(monkeypatch):
 def test_refused():
     with pytest.raises(UsageError, match=r"schedule\.held_out must be at least 0"):
         recipe("ait", "schedule.held_out=-1")
-    assert [load_recipe("hast", input_size=(3, s, s)).schedule.held_out for s in (32, 224)] == [512, 128]
+
+
+@pytest.mark.parametrize("name", available_recipes())
+def test_every_built_in_recipe_holds_images_out(name):
+    for schedule in ("paper", "short"):
+        found = [load_recipe(name, input_size=(3, s, s), schedule=schedule).schedule.held_out for s in (32, 224)]
+        assert found == [512, 128]
