@@ -28,7 +28,7 @@ def test_help_names_every_verb(capsys):
     assert call(capsys)[0] == 2
 
 
-@pytest.mark.parametrize("verb", ["quantize", "resume", "evaluate", "recipes", "env"])
+@pytest.mark.parametrize("verb", ["quantize", "resume", "evaluate", "reproduce", "recipes", "env"])
 def test_help_of_each_verb(capsys, verb):
     code, out, err = call(capsys, verb, "--help")
     assert (code, err) == (0, "") and f"usage: zsq-fast {verb}" in out
@@ -43,7 +43,13 @@ def test_as_a_module():
 
 def test_help_and_typing_errors_do_not_wait_for_torch():
     script = "import sys; from zsq_fast.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
-    for words, code in (["--version"], 0), (["quantize", "--help"], 0), (["evaluate", "x", "--dta", "y"], 2):
+    for words, code in (
+        (["--version"], 0),
+        (["quantize", "--help"], 0),
+        (["reproduce", "--list", "hast"], 0),
+        (["reproduce", "x/y/z"], 2),
+        (["evaluate", "x", "--dta", "y"], 2),
+    ):
         command = [sys.executable, "-c", script, *words]
         result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
         assert result.stdout.splitlines()[-1] == f"{code} False", result.stderr
@@ -73,12 +79,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(capsys, tiny, tmp_path):
     words = ("quantize", *tiny.model, "--recipe", "ait", "-w", 3, "-a", 5, "--dry-run", "--out", out_dir)
     code, out, err = call(capsys, *words)
     assert code == 0, err
+    assert "79200 x " in out and "in all" in out and "peak resident memory" in out
     assert "2 conv at 3 bits" in out and "2 act at 5 bits" in out
     code, out, _ = call(capsys, *words, "--json")
     plan = json.loads(out)
     assert plan["network"]["weight_tensors"] == 3 and plan["job"]["input_size"] == [3, 8, 8]
     assert plan["recipe"]["quant"]["weight_bits"] == 3
     assert plan["images"] == 400 * 200 * 200 and plan["student_steps"] == 396 * 200
+    cost = plan["estimate"]
+    assert {s["name"]: s["count"] for s in cost["stages"]}["student steps"] == 396 * 200 and cost["runs"] == 1
+    assert cost["seconds"] == pytest.approx(sum(s["count"] * s["seconds_each"] for s in cost["stages"])) > 0
     assert not out_dir.exists()
 
 

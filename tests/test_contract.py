@@ -27,6 +27,7 @@ ALLOWED = {
     "models": {"errors"},
     "data": {"errors"},
     "runs": {"errors"},
+    "papers": {"errors"},
     "methods": {"nn", "optim", "losses", "ops", "runs", "errors"},
 }
 

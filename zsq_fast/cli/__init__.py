@@ -21,6 +21,7 @@ VERBS = {
     "quantize": ("zsq_fast.cli.quantize", "quantize a network without data"),
     "resume": ("zsq_fast.cli.resume", "continue a run that was stopped"),
     "evaluate": ("zsq_fast.cli.evaluate", "accuracy of a run or a network on real test images"),
+    "reproduce": ("zsq_fast.cli.reproduce", "train a row of a paper's table and set it beside the published number"),
     "recipes": ("zsq_fast.cli.recipes", "list the methods"),
     "demo": ("zsq_fast.cli.demo", "train a small network on handwritten digits, quantize it, print the table"),
     "env": ("zsq_fast.cli.environment", "versions, kernels and what to do about missing ones"),

@@ -99,3 +99,29 @@ def device(text: str) -> str:
     if text not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
         raise argparse.ArgumentTypeError(f"'{text}' is not auto, cpu, cuda or cuda:N")
     return text
+
+
+def add_job_options(parser: Parser, *, data: str, limit: str) -> None:
+    """What `quantize` and `reproduce` share: the network, the schedule, the machine, the test images by the names given."""
+    add = parser.add_argument
+    add("--checkpoint", metavar="FILE", help="trained weights: .safetensors, or .pt/.pth holding tensors only")
+    add(
+        "--num-classes", type=integer(1), metavar="N", help="outputs of the network, where it can be built with several"
+    )
+    add("--input-size", type=input_size, metavar="C,H,W", help="needed when the network does not tell")
+    parser.add_choice("--schedule", choices=("paper", "short"), default="paper", help="how long to train (paper)")
+    add("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="change one recipe setting")
+    add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N")
+    add("--threads", type=integer(1, 1024), default=0, metavar="N", help="CPU threads (torch's choice)")
+    parser.add_switch("--channels-last", help="memory format of the convolutions (chosen by device)")
+    images = "real test images (.npz or a folder): printed, never used for decisions"
+    add(data, dest="eval_data", metavar="PATH", help=images)
+    few = "only N test images: the first, of a folder every so-manieth"
+    add(limit, dest="eval_limit", type=integer(1), metavar="N", help=few)
+    add("--mean", type=numbers, metavar="M,M,M", help="normalisation of the test images, pixels in 0..1")
+    add("--std", type=numbers, metavar="S,S,S")
+    add("--dry-run", action="store_true", help="print the resolved plan, estimates of time and memory, and stop")
+    add("--force", action="store_true", help="go on although the network looks untrained")
+    add("--allow-import", action="store_true", help="allow the model to import and run your code")
+    add("--quiet", action="store_true", help="no progress")
+    add("--json", action="store_true", help="print the result as JSON")

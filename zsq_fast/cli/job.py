@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import os
@@ -43,6 +44,24 @@ class Job:
     force: bool = False
     eval_data: str | None = None
     eval_limit: int | None = None
+    eval_every: int | None = None
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace, **more: Any) -> Job:
+        """From the options of `add_job_options` and what else is known."""
+        names = (
+            "num_classes",
+            "allow_import",
+            "input_size",
+            "mean",
+            "std",
+            "device",
+            "threads",
+            "channels_last",
+            "force",
+        )
+        job = cls(**{name: getattr(arguments, name) for name in (*names, "eval_limit")}, **more)
+        return job.with_files(checkpoint=arguments.checkpoint, eval_data=arguments.eval_data)
 
     @classmethod
     def from_info(cls, info: dict[str, Any], path: Path, *, allow_import: bool) -> Job:

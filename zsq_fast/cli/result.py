@@ -10,9 +10,11 @@ from typing import Any
 
 from zsq_fast.cli.job import Job
 from zsq_fast.methods import Recipe, Result
+from zsq_fast.methods.estimate import Estimate
 from zsq_fast.nn import Summary
 
 STUDENT = "student.safetensors"
+CHOSEN = "chosen.safetensors"
 RESULT = "result.json"
 
 # evaluation key of the trainer -> (what is printed, whether it is a quantized network)
@@ -20,11 +22,20 @@ STAGES = {
     "float": ("float", False),
     "rtn": ("round-to-nearest", True),
     "last": ("last epoch", True),
+    "chosen": ("chosen epoch", True),
 }
 
 
 def record(job: Job, recipe: Recipe, result: Result, student: Path) -> dict[str, Any]:
-    """The content of result.json; accuracies are top-1 percents and absent without test images."""
+    """The content of result.json; accuracies are top-1 percents and absent without test images. `held_out`: what the epoch was
+    chosen by, of that epoch and of the last; `best_on_test` only where every so-manieth epoch was measured."""
+    held_out = {
+        name: {key: result.history[epoch][f"held_out_{key}"] for key in ("agreement", "kl")}
+        for name, epoch in (("chosen", result.chosen_epoch), ("last", -1))
+        if result.chosen_epoch is not None and epoch is not None
+    }
+    first = recipe.schedule.warmup_epochs
+    measured = [r["top1"] for r in result.history[first:] if r.get("top1") is not None] if job.eval_every else []
     return {
         "model": job.model,
         "recipe": recipe.name,
@@ -36,6 +47,9 @@ def record(job: Job, recipe: Recipe, result: Result, student: Path) -> dict[str,
         "top1": {name: float(value) for name, value in result.evaluations.items()},
         "eval_data": job.eval_data,
         "eval_limit": job.eval_limit,
+        "best_on_test": max(measured, default=None),
+        "chosen_epoch": result.chosen_epoch,
+        "held_out": held_out,
         "minutes": result.seconds / 60,
         "student": str(student.resolve()),
         **result.summary.to_dict(),
@@ -50,12 +64,16 @@ def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
         f"{result['model']}, {result['recipe']}, W{result['weight_bits']}A{result['act_bits']}, seed {result['seed']}"
     )
     sizes = _size(result["float_bytes"]), f"{_size(result['packed_bytes'])} packed"
-    top1 = result["top1"]
-    rows = [(text, sizes[quantized], top1.get(key)) for key, (text, quantized) in STAGES.items()]
+    top1, chosen = result["top1"], result.get("chosen_epoch")
+    stages = {key: stage for key, stage in STAGES.items() if key != "chosen" or chosen is not None}
+    rows = [(text, sizes[quantized], top1.get(key)) for key, (text, quantized) in stages.items()]
     for text, size, accuracy in rows:
         print(f"  {text:<18}{size:>16}{'' if accuracy is None else f'{accuracy:10.2f} %'}")
     if not top1:
         print("  (no accuracy: no real test images were given by --eval-data)")
+    if chosen is not None:
+        shares = (f"{100 * result['held_out'][name]['agreement']:.2f} % {name}" for name in ("chosen", "last"))
+        print(f"  epoch {chosen + 1} agrees best with the float network on synthetic images: {', '.join(shares)}")
     for site in result["left_float"]:
         print(f"  stays float: {site['name'] or 'the model'} ({site['kind']}): {site['why']}")
     print(f"{result['minutes']:.1f} minutes; fake-quantized student: {result['student']}")
@@ -65,11 +83,12 @@ def _size(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 50_000 else f"{count / 1e3:.2f} kB"
 
 
-def print_plan(job: Job, recipe: Recipe, summary: Summary, *, as_json: bool) -> None:
-    """The resolved job and recipe, and what of the network would be quantized."""
+def print_plan(job: Job, recipe: Recipe, summary: Summary, cost: Estimate, *, runs: int, as_json: bool) -> None:
+    """The resolved job and recipe, what of the network would be quantized, and what one run and all would take."""
     schedule = recipe.schedule
     plan: dict[str, Any] = {"job": asdict(job), "recipe": recipe.to_dict(), "network": summary.to_dict()}
     plan["generator_steps"], plan["student_steps"] = recipe.generator_steps, recipe.student_steps
+    plan["estimate"] = {**cost.to_dict(), "runs": runs}
     plan["images"] = recipe.generator_steps * schedule.batch_size
     if as_json:
         print(json.dumps(plan, indent=1))
@@ -78,10 +97,33 @@ def print_plan(job: Job, recipe: Recipe, summary: Summary, *, as_json: bool) -> 
     print(f"images: {plan['images']} generated, {schedule.batch_size} at a time, no real ones")
     if recipe.images.enabled:
         print(f"images: {recipe.images.count} optimised, {recipe.images.batch_size} at a time")
+    _print_estimate(cost, runs, job.threads)
     print(summary)
     for title, values in (("recipe", _flat(plan["recipe"])), ("job", _flat(plan["job"]))):
         print(f"{title}:")
         print("\n".join(f"  {key} = {json.dumps(value)}" for key, value in values.items()))
+
+
+def _print_estimate(cost: Estimate, runs: int, threads: int) -> None:
+    where = cost.device if cost.device != "cpu" else f"cpu, {threads} threads"
+    print(f"time ({where}; 2 iterations of each kind measured, evaluations and checkpoints left out):")
+    for stage in cost.stages:
+        print(f"  {stage.name:<20}{stage.count:>8} x {stage.each:.4g} s = {_duration(stage.seconds)}")
+    print(
+        f"  in all {_duration(cost.seconds)}" + (f", {runs} runs {_duration(runs * cost.seconds)}" if runs > 1 else "")
+    )
+    if cost.peak_bytes is not None:
+        kind = "rise of the process's peak resident memory" if where.startswith("cpu") else "most allocated on the GPU"
+        print(f"memory: {_size(cost.peak_bytes)}, {kind} while measuring")
+    if cost.image_set_bytes:
+        print(f"memory: {_size(cost.image_set_bytes)} on top for all optimised images")
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

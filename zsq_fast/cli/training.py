@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
-from zsq_fast.cli.job import Job, evaluator
-from zsq_fast.cli.result import RESULT, STUDENT, print_result, record
+from zsq_fast.cli.job import Job, evaluator, load
+from zsq_fast.cli.result import CHOSEN, RESULT, STUDENT, print_plan, record
 from zsq_fast.errors import Interrupted
-from zsq_fast.methods import Recipe, Trainer
+from zsq_fast.methods import Recipe, Trainer, student_like
+from zsq_fast.methods.estimate import estimate
+from zsq_fast.nn import summarize
 from zsq_fast.runs import Progress, RunDir
 
 
 def default_out(job: Job, recipe_name: str, recipe: Recipe) -> Path:
     name = f"{Path(job.model).name}-{Path(recipe_name).stem}-w{recipe.quant.weight_bits}a{recipe.quant.act_bits}"
     return Path("runs") / re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
+
+
+def plan(job: Job, recipe: Recipe, teacher: nn.Module, *, runs: int = 1, as_json: bool = False) -> int:
+    """--dry-run: prints what would be done and what it would take, for so many runs."""
+    assert job.input_size is not None
+    student = student_like(teacher, recipe, job.input_size)
+    options: dict[str, Any] = dict(seed=job.seed, channels_last=job.channels_last, force=job.force)
+    cost = estimate(teacher, recipe, input_size=job.input_size, **options)
+    print_plan(job, recipe, summarize(student), cost, runs=runs, as_json=as_json)
+    return 0
 
 
 def make_trainer(job: Job, recipe: Recipe, teacher: nn.Module, *, quiet: bool = False) -> Trainer:
@@ -29,14 +44,15 @@ def make_trainer(job: Job, recipe: Recipe, teacher: nn.Module, *, quiet: bool = 
         input_size=job.input_size,
         seed=job.seed,
         evaluate=None if measure is None else lambda model: measure(model).top1,
+        eval_every=job.eval_every,
         progress=Progress(quiet=quiet),
         channels_last=job.channels_last,
         force=job.force,
     )
 
 
-def execute(run_dir: RunDir, job: Job, trainer: Trainer, *, as_json: bool = False) -> int:
-    """Trains from the newest checkpoint (or the start) to the end, writes the student and result.json, prints it."""
+def execute(run_dir: RunDir, job: Job, trainer: Trainer) -> dict[str, Any]:
+    """Trains from the newest checkpoint (or the start) to the end, writes the students and result.json, returns its content."""
     trainer.run_dir = run_dir
     trainer.resume_hint = f"zsq-fast resume {run_dir.path}{' --allow-import' if job.allow_import else ''}"
     try:
@@ -48,8 +64,24 @@ def execute(run_dir: RunDir, job: Job, trainer: Trainer, *, as_json: bool = Fals
         if not run_dir.has_checkpoint:  # nothing to go on from, and it would be in the way of the next try
             run_dir.discard()
         raise
+    if result.chosen_state is not None:
+        run_dir.save_tensors(CHOSEN, result.chosen_state, job.metadata(trainer.recipe))
     student = run_dir.save_tensors(STUDENT, result.student.state_dict(), job.metadata(trainer.recipe))
     summary = record(job, trainer.recipe, result, student)
     run_dir.write_json(RESULT, summary)
-    print_result(summary, as_json=as_json)
-    return 0
+    return summary
+
+
+def proceed(run_dir: RunDir, *, allow_import: bool, quiet: bool) -> dict[str, Any]:
+    """The result of a run that was begun: read if it is finished, else the run goes on with the settings it began with."""
+    if run_dir.holds(RESULT):
+        return run_dir.load_json(RESULT)
+    info = run_dir.info
+    job, teacher = load(Job.from_info(info, run_dir.path, allow_import=allow_import))
+    if (began := info.get("versions", {}).get("torch")) != torch.__version__:
+        warnings.warn(
+            f"the run began with torch {began}, this is {torch.__version__}: the result may not be bit-identical.",
+            stacklevel=2,
+        )
+    trainer = make_trainer(job, Recipe.from_dict(run_dir.recipe), teacher, quiet=quiet)
+    return execute(run_dir, job, trainer)

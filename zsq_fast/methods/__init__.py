@@ -54,7 +54,7 @@ def quantize(
         input_size: `(C, H, W)` of the network's input; asked for, never guessed.
         seed: every draw of the run follows from it.
         schedule: "paper" (80,000 iterations) or "short"; `overrides` such as `["schedule.epochs=20"]` change any number.
-        run_dir: new directory for recipe, metrics, checkpoints and the final student.
+        run_dir: new directory for recipe, metrics, checkpoints, the final student and the one chosen on held-out images.
         resume: go on with the run in `run_dir` from its newest checkpoint, with the recipe and seed it began with.
         evaluate: returns top-1 in percent on real data; printed, never used to choose anything.
 
@@ -102,9 +102,12 @@ def _run(trainer: Trainer, run: RunDir) -> nn.Module:
     trainer.run_dir = run
     trainer.resume_hint = f"zsq_fast.quantize(..., run_dir={str(run.path)!r}, resume=True)"
     trainer.restore()
-    student = trainer.run().student
-    run.save_tensors("student.safetensors", student.state_dict(), {"recipe": trainer.recipe.name})
-    return student
+    result = trainer.run()
+    students = {"student": result.student.state_dict(), "chosen": result.chosen_state}
+    for name, state in students.items():
+        if state is not None:
+            run.save_tensors(f"{name}.safetensors", state, {"recipe": trainer.recipe.name})
+    return result.student
 
 
 def student_like(teacher: nn.Module, recipe: Recipe, input_size: Sequence[int]) -> nn.Module:

@@ -41,6 +41,15 @@ class Quant:
 
 @dataclass(frozen=True)
 class Schedule:
+    """Epochs of `iterations` steps each: the warm-up, of the generator alone, then the student's.
+
+    Attributes:
+        calibration_epochs: the first epochs of the warm-up, in which the activation ranges follow the images.
+        milestones, decay: epoch indices at which learning rates and threshold are multiplied by `decay`.
+        held_out: images drawn from the generator at the end of the warm-up and never trained on; by the student's agreement with
+            the teacher there one epoch is chosen (`Result.chosen_epoch`). 0 chooses none.
+    """
+
     epochs: int = 400
     iterations: int = 200
     batch_size: int = 200
@@ -48,8 +57,10 @@ class Schedule:
     calibration_epochs: int = 4
     milestones: tuple[int, ...] = (100, 200, 300)
     decay: float = 0.1
+    held_out: int = 0
 
     def __post_init__(self) -> None:
+        _require(self.held_out >= 0, "schedule.held_out", "at least 0", self.held_out)
         for name in ("epochs", "iterations", "batch_size", "calibration_epochs"):
             _require(getattr(self, name) >= 1, f"schedule.{name}", "at least 1", getattr(self, name))
         _require(

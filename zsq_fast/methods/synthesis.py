@@ -6,7 +6,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from zsq_fast.errors import UnsupportedModelError
 from zsq_fast.methods.generators import build_generator
 from zsq_fast.methods.recipe import Recipe
 from zsq_fast.nn import BNStatsTap
+
+if TYPE_CHECKING:
+    from zsq_fast.methods.held_out import HeldOut
 
 
 def derive_seed(seed: int, *purpose: object) -> int:
@@ -69,7 +72,7 @@ class Synthesis:
     def __init__(
         self, teacher: nn.Module, recipe: Recipe, input_size: Sequence[int], seed: int, layout: torch.memory_format
     ):
-        self.recipe, self.seed, self.source = recipe, seed, teacher
+        self.recipe, self.seed, self.source, self.layout = recipe, seed, teacher, layout
         self.device = next(teacher.parameters()).device
         # A frozen copy saves a third of the teacher's backward pass and keeps the user's network out of our graphs.
         self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False).to(memory_format=layout)
@@ -88,14 +91,15 @@ class Synthesis:
         )
         self.tap = BNStatsTap(self.teacher)
         self.seconds = 0.0
+        self.held_out: HeldOut | None = None  # there from the end of the warm-up on, if a recipe wants it
 
-    def sample(self, step: int) -> Draw:
-        """Noise and labels of one iteration, a function of (seed, step) alone."""
+    def sample(self, *which: object) -> Draw:
+        """Noise and labels of one iteration (a step) or of another named batch, a function of (seed, which) alone."""
         spec, batch = self.recipe.generator, self.recipe.schedule.batch_size
-        rng = torch.Generator(self.device).manual_seed(derive_seed(self.seed, "images", step))
+        rng = torch.Generator(self.device).manual_seed(derive_seed(self.seed, "images", *which))
         # Whether a batch is superposed is drawn on the host, from 63 random bits of its own.
         superposed = (
-            spec.kind == "qimera" and derive_seed(self.seed, "superpose", step) < spec.superpose_probability * 2**63
+            spec.kind == "qimera" and derive_seed(self.seed, "superpose", *which) < spec.superpose_probability * 2**63
         )
         shape = (batch, spec.superposed_classes) if superposed else (batch,)
         noise = torch.randn(*shape, self.generator.latent, device=self.device, generator=rng)
@@ -107,9 +111,10 @@ class Synthesis:
         images: Tensor = generator(*(part for part in draw if part is not None))
         return images
 
-    def images(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images and labels (`Batch`) of an iteration from the generator as it is now, without training it."""
-        draw = self.sample(step)
+    def images(self, *which: object) -> tuple[Tensor, Tensor]:
+        """Images and labels (`Batch`) of an iteration or another named batch (`sample`) from the generator as it is now, without
+        training it."""
+        draw = self.sample(*which)
         with torch.no_grad():  # from a copy: in train mode its running statistics would move
             return self._generate(draw, copy.deepcopy(self.generator)), draw.targets(self.num_classes)
 

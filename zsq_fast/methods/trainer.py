@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from zsq_fast import nn as znn
 from zsq_fast.errors import Interrupted, TrainingError, UnsupportedModelError, UsageError
 from zsq_fast.methods.batches import ImageBatches
+from zsq_fast.methods.held_out import HeldOut, chosen_record
 from zsq_fast.methods.images import ImageSet, cached_images, synthesize_images
 from zsq_fast.methods.meters import Meters
 from zsq_fast.methods.recipe import Images, Recipe
@@ -39,8 +41,11 @@ class Result:
         synthesis: the generator at the end and its frozen teacher; `synthesis.images(step)` draws images.
         summary: what was quantized and what stayed float.
         history: one record per epoch: losses, agreement with the teacher, share of changed codes.
-        evaluations: top-1 in percent: "float", "rtn" (ranges calibrated, before the first student step) and "last".
+        evaluations: top-1 in percent: "float", "rtn" (ranges calibrated, before the first student step), "last" and "chosen".
         seconds: time of synthesis, student steps and checkpoints, evaluations left out.
+        chosen_epoch: index of the epoch whose student agreed best with the teacher on images held out (`schedule.held_out`), by
+            `held_out_agreement` and `held_out_kl` of the history; None where nothing was held out or no student trained.
+        chosen_state: the `state_dict` of that student, on the CPU; `student` itself is that of the last epoch.
     """
 
     student: nn.Module
@@ -49,6 +54,8 @@ class Result:
     history: list[dict[str, Any]]
     evaluations: dict[str, float]
     seconds: float
+    chosen_epoch: int | None = None
+    chosen_state: dict[str, Tensor] | None = None
 
 
 class Trainer:
@@ -142,6 +149,7 @@ class Trainer:
         self.resume_hint = "Trainer.restore() and run() go on from there"
         self._scheduled_epoch = -1
         self._evaluation_seconds = 0.0
+        self._chosen: dict[str, Tensor] | None = None
 
     def _build_optimizers(self) -> None:
         spec = self.recipe.student
@@ -208,7 +216,7 @@ class Trainer:
         epoch = self.state.step // schedule.iterations
         if epoch != self._scheduled_epoch:
             self._set_schedule(epoch)
-        evaluating = self._evaluation_seconds
+        elsewhere = self._evaluation_seconds + self.synthesis.seconds
         if batch is None:
             assert self.batches is not None
             batch = self.batches.batch(self.state.step - schedule.warmup_epochs * schedule.iterations)
@@ -223,7 +231,8 @@ class Trainer:
         self.progress.advance(epoch=f"{epoch + 1}/{schedule.epochs}")
         if self.state.step % schedule.iterations == 0:
             self._finish_epoch(epoch)
-        self.state.seconds += time.perf_counter() - started - (self._evaluation_seconds - evaluating)
+        elsewhere -= self._evaluation_seconds + self.synthesis.seconds
+        self.state.seconds += time.perf_counter() - started + elsewhere
 
     # ---- epochs -----------------------------------------------------------------------------------------------------
 
@@ -247,7 +256,7 @@ class Trainer:
         top1 = self.evaluate(network)
         network.eval()  # whatever mode the caller's function leaves behind
         self._evaluation_seconds += time.perf_counter() - started
-        if name in ("float", "rtn", "last"):
+        if name in ("float", "rtn", "last", "chosen"):
             self.state.evaluations[name] = top1
         self.progress.message(f"{name}: top-1 {top1:.2f} %")
         return top1
@@ -256,6 +265,10 @@ class Trainer:
         schedule, done = self.recipe.schedule, epoch + 1
         record: dict[str, Any] = {"epoch": epoch, "step": self.state.step, "lr_factor": schedule.factor(epoch)}
         record.update(self.meters.read(self.inundated))
+        if schedule.held_out and self.recipe.student.enabled and done >= schedule.warmup_epochs:
+            held_out = self._held_out()
+            if done > schedule.warmup_epochs:
+                record.update(held_out.measure(self.student))
         self._check_finite(epoch, record)
         self.meters.reset()
         if done == min(schedule.warmup_epochs, schedule.epochs):
@@ -265,9 +278,33 @@ class Trainer:
         elif self.eval_every and done > schedule.warmup_epochs and done % self.eval_every == 0:
             record["top1"] = self._measure(f"epoch {done}", self.student)
         self.state.history.append(record)
+        if chosen_record(self.state.history) is record:
+            self._chosen = {name: t.detach().to("cpu", copy=True) for name, t in self.student.state_dict().items()}
+        if done == schedule.epochs:
+            self._measure_chosen()
         if self.run_dir:
             self.run_dir.log(**record)
             self.save()
+
+    def _held_out(self) -> HeldOut:
+        """The images held out, made at the end of the warm-up, once for all students of one synthesis."""
+        synthesis = self.synthesis
+        if synthesis.held_out is None:
+            started = time.perf_counter()
+            synthesis.held_out = HeldOut(synthesis, self.recipe.schedule.held_out)
+            synthesis.seconds += time.perf_counter() - started
+        return synthesis.held_out
+
+    def _measure_chosen(self) -> None:
+        record = chosen_record(self.state.history)
+        if record is None or self._chosen is None or self.evaluate is None:
+            return
+        if record.get("top1") is not None:  # of the last epoch, or with eval_every
+            self.state.evaluations["chosen"] = record["top1"]
+        else:
+            network = copy.deepcopy(self.student)
+            network.load_state_dict(self._chosen)
+            self._measure("chosen", network)
 
     def _check_finite(self, epoch: int, record: dict[str, Any]) -> None:
         bad = [name.replace("_", " ") for name, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
@@ -288,6 +325,7 @@ class Trainer:
 
     def _result(self) -> Result:
         state = self.state
+        chosen = chosen_record(state.history)
         znn.freeze_ranges(self.student)
         return Result(
             self.student,
@@ -296,6 +334,8 @@ class Trainer:
             state.history,
             state.evaluations,
             state.seconds + self.synthesis.seconds,
+            None if chosen is None else chosen["epoch"],
+            self._chosen,
         )
 
     def _stop(self, signal: int) -> None:
@@ -325,6 +365,10 @@ class Trainer:
         }
         for name, optimizer in self._all_optimizers().items():
             groups[name] = optimizer_tensors(optimizer)
+        if self.synthesis.held_out is not None:
+            groups["held_out"] = self.synthesis.held_out.tensors()
+        if self._chosen is not None:
+            groups["chosen"] = self._chosen
         state = {
             "seconds": self.state.seconds,
             "synthesis_seconds": self.synthesis.seconds,
@@ -344,6 +388,9 @@ class Trainer:
         self.meters.load_state_dict(groups["meters"])
         for name, optimizer in self._all_optimizers().items():
             restore_optimizer(optimizer, groups[name])
+        if "held_out" in groups:
+            self.synthesis.held_out = HeldOut(self.synthesis, self.recipe.schedule.held_out, groups["held_out"])
+        self._chosen = groups.get("chosen")
         self.synthesis.seconds = state["synthesis_seconds"]
         self.state = State(step, state["seconds"], state["evaluations"], state["history"])
         return step
@@ -353,9 +400,9 @@ def run_together(trainers: Sequence[Trainer]) -> list[Result | TrainingError]:
     """Train several students in lockstep on the images of one synthesis; each result equals that of a run of its own.
 
     Neither the generator nor the optimised images depend on a student, so students of different bits or losses
-    (`Trainer(..., share=first)`) need the images only once, each set of them if their recipes want several. `seconds` of each
-    result counts all synthesis in full. A student that diverges drops out and has its error for a result; the error is raised
-    only when none is left.
+    (`Trainer(..., share=first)`) need the images only once, those held out too, and each set if their recipes want several.
+    `seconds` of each result counts all synthesis in full. A student that diverges drops out and has its error for a result; the
+    error is raised only when none is left.
     """
     first = trainers[0]
     schedule, synthesis = first.recipe.schedule, first.synthesis

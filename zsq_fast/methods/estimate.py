@@ -1,0 +1,163 @@
+"""Time and memory of a run before it starts: every kind of iteration measured on the device, with the recipe's own batches."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from zsq_fast import nn as znn
+from zsq_fast.methods.autorecon import SEARCH
+from zsq_fast.methods.held_out import HeldOut
+from zsq_fast.methods.images import synthesize_images
+from zsq_fast.methods.recipe import Generator, Recipe
+from zsq_fast.methods.trainer import Trainer
+from zsq_fast.runs import Progress
+
+TIMED = 2  # iterations, after one to warm up
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`count` iterations of a run at `each` seconds."""
+
+    name: str
+    count: int
+    each: float
+
+    @property
+    def seconds(self) -> float:
+        return self.count * self.each
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would take, without evaluations, checkpoints and the search for a generator.
+
+    Attributes:
+        stages: in the order of a run.
+        peak_bytes: with CUDA the most that was allocated while measuring; on the CPU by how much the highest resident memory that
+            the process has had rose meanwhile, which is too little where it had been higher before; None where the system does
+            not tell.
+        image_set_bytes: of all optimised images; one batch of them was measured, so most of it comes on top.
+        device: on which it was measured.
+    """
+
+    stages: tuple[Stage, ...]
+    peak_bytes: int | None
+    image_set_bytes: int
+    device: str
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        stages = [{"name": s.name, "count": s.count, "seconds_each": s.each, "seconds": s.seconds} for s in self.stages]
+        measured = {"device": self.device, "peak_bytes": self.peak_bytes, "image_set_bytes": self.image_set_bytes}
+        return {"stages": stages, "seconds": self.seconds, **measured}
+
+
+def estimate(
+    teacher: nn.Module,
+    recipe: Recipe,
+    *,
+    input_size: Sequence[int],
+    seed: int = 0,
+    channels_last: bool | None = None,
+    force: bool = False,
+) -> Estimate:
+    """Measure one iteration of every stage: one to warm up, two that are timed.
+
+    Arguments and errors are those of `Trainer`. The teacher is not changed and nothing is written.
+    """
+    if recipe.generator.genotype == SEARCH:  # a generator of the kind that would be found
+        recipe = replace(recipe, generator=replace(recipe.generator, genotype=Generator.genotype))
+    device = next(teacher.parameters()).device
+    before = _peak_bytes(device, reset=True)
+    trainer = Trainer(
+        teacher, recipe, input_size=input_size, seed=seed, channels_last=channels_last, force=force
+    )  # without a run directory: keeps nothing
+    schedule, spec, synthesis = recipe.schedule, recipe.images, trainer.synthesis
+    stages: list[Stage] = []
+
+    def measure(name: str, count: int, iteration: Callable[[int], Any]) -> None:
+        clock = _Clock(device)
+        for i in range(1 + TIMED):
+            iteration(i)
+            clock.advance()
+        stages.append(Stage(name, count, clock.each))
+
+    if spec.enabled:
+        clock = _Clock(device)
+        size = min(spec.count, spec.batch_size)
+        images = synthesize_images(
+            teacher,
+            replace(spec, count=size, iterations=1 + TIMED),
+            input_size,
+            synthesis.num_classes,
+            seed,
+            layout=trainer.layout,
+            progress=clock,
+        )
+        stages.append(Stage("image iterations", -(-spec.count // spec.batch_size) * spec.iterations, clock.each))
+        trainer._use_images(images)
+    measure("generator steps", recipe.generator_steps, synthesis.step)
+    batch = synthesis.step(1 + TIMED)
+
+    def calibrate(_: int) -> None:
+        with torch.no_grad(), znn.calibrating(trainer.student):
+            trainer.student(batch.images)
+
+    measure("range calibration", schedule.calibration_epochs * schedule.iterations, calibrate)
+    if recipe.student.enabled:
+        trainer._set_schedule(schedule.warmup_epochs)
+        own = trainer.batches
+        measure(
+            "student steps",
+            recipe.student_steps,
+            lambda i: trainer._student_step(batch if own is None else own.batch(i)),
+        )
+        if schedule.held_out:
+            held_out = HeldOut(synthesis, schedule.held_out)
+            epochs = schedule.epochs - schedule.warmup_epochs
+            measure("held-out agreement", epochs, lambda _: held_out.measure(trainer.student))
+    after = _peak_bytes(device)
+    peak = None if after is None or before is None else after - (0 if device.type == "cuda" else before)
+    total = spec.count * math.prod(input_size) * 4 if spec.enabled else 0
+    return Estimate(tuple(stages), peak, total, str(device))
+
+
+class _Clock(Progress):
+    """Notes when each iteration ended."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(quiet=True)
+        self.device, self.ends = device, list[float]()
+
+    def advance(self, n: int = 1, **_: Any) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.ends.append(time.perf_counter())
+
+    @property
+    def each(self) -> float:
+        return (self.ends[-1] - self.ends[0]) / TIMED
+
+
+def _peak_bytes(device: torch.device, *, reset: bool = False) -> int | None:
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
