@@ -29,7 +29,7 @@ TINY = ["schedule.epochs=5", "schedule.iterations=3", "schedule.batch_size=8", "
         "schedule.milestones=[4]", "quant.ema=plain", "quant.weight_bits=3", "images.count=12", "images.batch_size=8",
         "images.iterations=3", "student.batch_size=6", "student.lr=1e-3"]  # fmt: skip
 # The tiny network is sure of nothing: thresholds at which some samples pass and others do not.
-BOTH = ["student.pseudo_label=plf", "student.pseudo_threshold=[0.95,0.6]", "student.ce_gate=0.75"]
+BOTH = ["student.pseudo_label=plf", "student.pseudo_threshold=[0.983,0.978]", "student.ce_gate=0.75"]
 QUIET = dict(kd_weight=0.0, ce_weight=0.0)
 
 
@@ -100,15 +100,18 @@ def test_low_pass_has_the_published_impulse_response(device):
     line[0] = 1
     taps = low_pass(line, 80.0)[:, 0].cpu()
     torch.testing.assert_close(taps[:4], torch.tensor([0.751, 0.139, -0.019, 0.008]), rtol=0, atol=6e-4)
-    offset = torch.fft.fftfreq(224, 1 / 224).abs()
+    noise = torch.randn(224, 224, device=device)
+    exact = low_pass(noise, 80.0).cpu()
 
     def error(kernel: Tensor) -> float:
-        return float((kernel - taps).abs().sum() / taps.abs().sum())
+        spectrum = torch.fft.fft2(noise.cpu()) * torch.fft.fft(kernel)[:, None] * torch.fft.fft(kernel)
+        return float((torch.fft.ifft2(spectrum).real - exact).norm() / exact.norm())
 
+    offset = torch.fft.fftfreq(224, 1 / 224).abs()
     sampled = torch.exp(-(offset**2) / (2 * (224 / (2 * math.pi * 80)) ** 2))
-    assert error(torch.where(offset <= 6, taps, 0)) < 0.1 < error(sampled / sampled.sum())
-    assert low_pass(line, 40.0)[:, 0].std() < taps.std()
-    torch.testing.assert_close(low_pass(line, 1e6), line, rtol=0, atol=1e-6)
+    assert error(taps) < 1e-5 and error(torch.where(offset <= 6, taps, 0)) == pytest.approx(0.007, abs=5e-4)
+    assert error(sampled / sampled.sum()) == pytest.approx(0.34, abs=5e-3)
+    torch.testing.assert_close(low_pass(noise, 1e6), noise, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
@@ -221,6 +224,19 @@ def test_activation_maps_are_grad_cam(end, layout, device):
         torch.testing.assert_close(loss, 3 * (maps[0] - maps[1]).square().mean(), rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("resnet18", ("layer4.1.relu", "fc")), ("mobilenet_v2", ("features.18.2", "classifier.1")), ("vgg11_bn", None)],
+)
+def test_activation_maps_of_torchvision(name, layers):
+    network = pytest.importorskip("torchvision").models.get_model(name, weights=None).eval()
+    if layers:
+        assert class_map_layers(network, (3, 64, 64)) == layers
+    else:
+        with pytest.raises(UnsupportedModelError, match=r"'classifier\.6' comes from 'classifier\.4' \(ReLU\)"):
+            class_map_layers(network, (3, 64, 64))
+
+
 def test_activation_map_by_hand():
     features = torch.tensor([[[[1.0, 2.0]], [[3.0, 0.0]]]])  # two channels of 1 x 2 pixels
     found = class_activation_maps(features, torch.tensor([[1.0, -0.5]]))
@@ -228,7 +244,11 @@ def test_activation_map_by_hand():
 
 
 def test_the_classifier_is_not_trained_by_the_maps(pair):
-    teacher, student, batch = pair
+    """At 8 bits: with few codes a map is 0 by cancellation at many positions, and rounding decides whether relu passes a gradient."""
+    teacher, _, batch = pair
+    student = zsq.convert(teacher, 8, 8, ema="plain", input_size=SIZE).eval().requires_grad_(True)
+    with zsq.nn.calibrating(student), torch.no_grad():
+        student(batch.images)
     StudentStep(student, teacher, Student(**QUIET, cam_weight=50.0), SIZE).backward(batch)
     assert student[4].weight.grad is None and student[4].bias.grad is None
     found = gradients(student)[:-2]
@@ -236,7 +256,7 @@ def test_the_classifier_is_not_trained_by_the_maps(pair):
     want = 50 * F.mse_loss(own, grad_cam(teacher, "1.relu", batch.images, batch.labels).detach())
     want.backward()
     for a, b in zip(found, gradients(student), strict=False):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
     assert all(g is not None and g.any() for g in found)
 
 
@@ -255,7 +275,7 @@ def test_the_classifier_is_not_trained_by_the_maps(pair):
             "logits are not those of 'head.2' on the mean of 'body.2', \\[2, 6, 8, 8\\]",
         ),
         (lambda: Head(nn.Linear(8, 4), way=lambda x: x.mean((1, 2))), "logits are not those of 'head.0'"),
-        (lambda: Head(nn.Conv2d(6, 4, 1), way=lambda x: x.mean((2, 3), True) * 2), "comes from an operation outside modules \\(Mul"),
+        (lambda: Head(nn.Linear(6, 4), way=lambda x: x.mean((2, 3)) * 2), "comes from an operation outside modules \\(Mul"),
         (lambda: Head(nn.Linear(6, 4), nn.Softmax(1), way=lambda x: x.mean((2, 3))), "logits come from 'head.1' \\(Softmax\\)"),
     ],
 )  # fmt: skip
@@ -264,7 +284,7 @@ def test_networks_without_such_maps_are_refused(make, words):
         class_map_layers(make(), SIZE)
     trainer = make()
     if not isinstance(trainer, Reuser):
-        with pytest.raises(UnsupportedModelError, match="student.cam_weight=0"):
+        with pytest.raises(UnsupportedModelError, match=r"student\.cam_weight=0"):
             Trainer(look_trained(trainer), recipe("intraq", "student.cam_weight=1"), input_size=SIZE)
 
 
@@ -329,9 +349,12 @@ def test_the_threshold_falls_over_the_epochs_of_the_student(monkeypatch):
 def test_all_terms_act_on_clean_and_promoted_samples(pair, change):
     """The whole loss written out: KL, alignment, gated and pseudo-labelled CE and maps, on x and on x'."""
     teacher, student, batch = pair
+    p = teacher(batch.images).softmax(1)
+    entropy, doubt = -(p * p.log()).sum(1) / math.log(4), 1 - p[range(8), batch.labels]
+    threshold, gate = (float(values.sort().values[3:5].mean()) for values in (entropy, doubt))
     spec = Student(**{**dict(
-        ce_weight=0.5, ce_gate=0.75, kd_weight=20.0, kd_reduction="batchmean", feature_weight=1000.0, promoted_weight=1.0, epsilon=0.05,
-        cam_weight=50.0, pseudo_label="plf", pseudo_threshold=(0.9, 0.7), pseudo_weight=0.4), **change})  # fmt: skip
+        ce_weight=0.5, ce_gate=gate, kd_weight=20.0, kd_reduction="batchmean", feature_weight=1000.0, promoted_weight=1.0,
+        epsilon=0.05, cam_weight=50.0, pseudo_label="plf", pseudo_threshold=(threshold + 0.01, threshold - 0.01), pseudo_weight=0.4), **change})  # fmt: skip
     step = StudentStep(student, teacher, spec, SIZE)
     step.progress = 0.5
     loss, same = step.backward(batch)
@@ -353,8 +376,8 @@ def test_all_terms_act_on_clean_and_promoted_samples(pair, change):
             t, ft = t.detach(), [f.detach() for f in ft]
         ce = F.cross_entropy(s, labels, reduction="none")
         if spec.pseudo_label == "plf":
-            ce = plf_by_hand(s, t, 0.8, 0.4)
-        kept = 1 - t.softmax(1)[range(len(x)), labels] <= 0.75
+            ce = plf_by_hand(s, t, threshold, 0.4)
+        kept = 1 - t.softmax(1)[range(len(x)), labels] <= gate
         maps = [grad_cam(network, "1.relu", x, labels) for network in (student, teacher)]
         return {
             "kl": 20 * kd_kl(s, t, 20.0, "batchmean"),
@@ -448,7 +471,7 @@ def combined() -> nn.Module:
 @pytest.mark.parametrize(
     "switch",
     ["student.low_pass=0", "student.low_pass=1", "student.ce_gate=0", "student.ce_gate=0.9", "student.cam_weight=0",
-     "student.cam_weight=500", "student.pseudo_label=none", "student.pseudo_threshold=[0.95,0.95]", "student.pseudo_weight=1",
+     "student.cam_weight=500", "student.pseudo_label=none", "student.pseudo_threshold=[0.983,0.983]", "student.pseudo_weight=1",
      "student.ce_weight=5", "student.promoted_weight=0", "student.promote_by=kl", "student.teacher_path=student"],
 )  # fmt: skip
 def test_every_switch_changes_the_result(switch, combined):
