@@ -354,7 +354,8 @@ def test_all_terms_act_on_clean_and_promoted_samples(pair, change):
     threshold, gate = (float(values.sort().values[3:5].mean()) for values in (entropy, doubt))
     spec = Student(**{**dict(
         ce_weight=0.5, ce_gate=gate, kd_weight=20.0, kd_reduction="batchmean", feature_weight=1000.0, promoted_weight=1.0,
-        epsilon=0.05, cam_weight=50.0, pseudo_label="plf", pseudo_threshold=(threshold + 0.01, threshold - 0.01), pseudo_weight=0.4), **change})  # fmt: skip
+        epsilon=0.05, cam_weight=50.0, pseudo_label="plf", pseudo_weight=0.4,
+        pseudo_threshold=(threshold + 0.01, threshold - 0.01)), **change})  # fmt: skip
     step = StudentStep(student, teacher, spec, SIZE)
     step.progress = 0.5
     loss, same = step.backward(batch)
