@@ -143,12 +143,13 @@ _STUDENT_CHOICES = {
     "alignment": ("channel", "direct", "spatial"),
     "promote_by": ("kl", "fa", "kl+fa"),
     "teacher_path": ("both", "student"),
+    "pseudo_label": ("none", "plf"),
 }
 
 
 @dataclass(frozen=True)
 class Student:
-    """Fine-tuning: KL distillation (AIT section 7), cross entropy, and HAST (hast_family.md 5.2 to 5.5).
+    """Fine-tuning: KL distillation (AIT section 7), cross entropy, HAST (hast_family.md 5.2 to 5.5), SynQ and PLF (10.2).
 
     Attributes:
         batch_size, crop_scale, flip: of the batches of optimised images, each image through a random resized crop of this share
@@ -162,6 +163,13 @@ class Student:
         epsilon: length of the step that makes them harder, per value of the normalised image, which is not clipped.
         promote_by: the losses whose gradient leads that step, "kl", "fa" or "kl+fa".
         teacher_path: that gradient goes through teacher and student ("both", as released) or through the student alone.
+        low_pass: D0 of SynQ's filter `exp(-d^2 / (2 D0^2))` on every batch of optimised images, d in cycles per image; 0: none.
+        ce_gate: tau of SynQ; CE over the samples with `1 - p_y <= tau` alone, p_y the teacher's for the image at hand; 0: over all.
+        cam_weight: of SynQ's mean squared difference of the networks' class activation maps; 0 leaves it out.
+        pseudo_label: labels of the CE: those the images were made for ("none"), or the teacher's, one or two by its entropy ("plf").
+        pseudo_threshold: of PLF: entropy over log(classes) up to which the teacher's class alone is the label; it falls linearly
+            from the first number in the student's first epoch to the second in its last.
+        pseudo_weight: of PLF: factor of the CE of the other samples, which have two labels.
     """
 
     enabled: bool = True
@@ -184,6 +192,12 @@ class Student:
     epsilon: float = 0.01
     promote_by: str = "kl+fa"
     teacher_path: str = "both"
+    low_pass: float = 0.0
+    ce_gate: float = 0.0
+    cam_weight: float = 0.0
+    pseudo_label: str = "none"
+    pseudo_threshold: tuple[float, float] = (0.5, 0.2)
+    pseudo_weight: float = 0.3
 
     def __post_init__(self) -> None:
         _require(
@@ -196,14 +210,32 @@ class Student:
         _require(0 <= self.momentum < 1, "student.momentum", "in [0, 1)", self.momentum)
         _require(not self.nesterov or self.momentum > 0, "student.nesterov", "false without momentum", self.nesterov)
         _require(self.temperature > 0, "student.temperature", "positive", self.temperature)
-        weights = ("ce_weight", "kd_weight", "feature_weight", "clean_weight", "promoted_weight")
-        for name in (*weights, "weight_decay", "epsilon"):
+        weights = (
+            "ce_weight",
+            "kd_weight",
+            "feature_weight",
+            "clean_weight",
+            "promoted_weight",
+            "cam_weight",
+            "pseudo_weight",
+        )
+        for name in (*weights, "weight_decay", "epsilon", "low_pass"):
             _require(getattr(self, name) >= 0, f"student.{name}", "at least 0", getattr(self, name))
         for name, choices in _STUDENT_CHOICES.items():
             words = " or ".join(map(repr, choices))
             _require(getattr(self, name) in choices, f"student.{name}", words, getattr(self, name))
-        _require(self.ce_weight > 0 or self.kd_weight > 0 or self.feature_weight > 0, "student.kd_weight",
-                 "positive when ce_weight and feature_weight are 0", self.kd_weight)  # fmt: skip
+        _require(any((self.ce_weight, self.kd_weight, self.feature_weight, self.cam_weight)), "student.kd_weight",
+                 "positive when ce_weight, feature_weight and cam_weight are 0", self.kd_weight)  # fmt: skip
+        _require(0 <= self.ce_gate <= 1, "student.ce_gate", "in [0, 1]", self.ce_gate)
+        first, last = self.pseudo_threshold if len(self.pseudo_threshold) == 2 else (0, 1)
+        _require(
+            0 <= last <= first <= 1, "student.pseudo_threshold", "two numbers in [0, 1], falling", self.pseudo_threshold
+        )
+        if not self.ce_weight:
+            _require(not self.ce_gate, "student.ce_gate", "0 when ce_weight is", self.ce_gate)
+            _require(
+                self.pseudo_label == "none", "student.pseudo_label", "'none' when ce_weight is 0", self.pseudo_label
+            )
         _require(self.clean_weight > 0 or self.promoted_weight > 0, "student.clean_weight",
                  "positive when promoted_weight is 0", self.clean_weight)  # fmt: skip
         _require(self.feature_weight > 0 or not self.feature_points, "student.feature_points",
@@ -318,6 +350,8 @@ class Recipe:
                  "false when student.enabled is: nothing would use the images", self.images.enabled)  # fmt: skip
         _require(self.images.enabled or not self.student.batch_size, "student.batch_size",
                  "0 when images.enabled is false: the student trains on the generator's batches", self.student.batch_size)  # fmt: skip
+        _require(self.images.enabled or not self.student.low_pass, "student.low_pass",
+                 "0 when images.enabled is false: it filters optimised images", self.student.low_pass)  # fmt: skip
 
     @property
     def student_steps(self) -> int:

@@ -207,7 +207,9 @@ class Trainer:
     def _use_images(self, images: ImageSet) -> None:
         spec = self.recipe.student
         size, device = spec.batch_size or self.recipe.schedule.batch_size, self.synthesis.device
-        self.batches = ImageBatches(images, size, spec.crop_scale, spec.flip, self.seed, device, self.layout)
+        self.batches = ImageBatches(
+            images, size, spec.crop_scale, spec.flip, self.seed, device, self.layout, spec.low_pass
+        )
 
     def _iterate(self, batch: Batch | None) -> None:
         """What one batch of the generator means to this student (None: it takes one of its own), and the bookkeeping of the
@@ -242,6 +244,8 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.student.lr * factor
+        first, last = recipe.schedule.warmup_epochs, recipe.schedule.epochs - 1
+        self.losses.progress = max(0, epoch - first) / max(1, last - first)
         if self.inundated:
             for group in self.gi.param_groups:
                 group["threshold"] = recipe.inundation.threshold * factor

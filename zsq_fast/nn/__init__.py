@@ -11,8 +11,8 @@ from zsq_fast.nn.conversion import (
     quantized_weights,
     summarize,
 )
-from zsq_fast.nn.features import FeatureTap, feature_points
-from zsq_fast.nn.layers import QuantAct, QuantConv2d, QuantLinear, weights_quantized_together
+from zsq_fast.nn.features import FeatureTap, class_map_layers, feature_points
+from zsq_fast.nn.layers import QuantAct, QuantConv2d, QuantLinear, forward_weight, weights_quantized_together
 from zsq_fast.nn.taps import BNStatsTap, usable_batch_norms
 
 __all__ = [
@@ -26,8 +26,10 @@ __all__ = [
     "Site",
     "Summary",
     "calibrating",
+    "class_map_layers",
     "convert",
     "feature_points",
+    "forward_weight",
     "freeze_ranges",
     "quantized_weights",
     "summarize",

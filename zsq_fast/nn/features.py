@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zsq_fast.errors import UnsupportedModelError, UsageError, nearest
@@ -55,6 +56,64 @@ def feature_points(model: nn.Module, input_size: Sequence[int]) -> tuple[str, ..
             "with batch norm after a depthwise one; name modules yourself (recipe option student.feature_points)."
         )
     return tuple(dict.fromkeys(found))
+
+
+_RESHAPES = ("View", "UnsafeView", "ReshapeAlias", "AsStrided", "Squeeze", "Unsqueeze", "Clone")
+_AVERAGES = ("Mean", "AdaptiveAvgPool2D", "AvgPool2D")
+
+
+def class_map_layers(model: nn.Module, input_size: Sequence[int]) -> tuple[str, str]:
+    """Names of the module that returns the last feature map and of the classifier behind its global average.
+
+    Read off the autograd graph, then checked: the classifier on the averages must give the logits. So the gradient of logit y
+    by the map is row y of the classifier's weight over `H * W`, everywhere (hast_family.md section 10.3, rank 6).
+
+    Args:
+        input_size: `(C, H, W)`.
+
+    Raises:
+        UsageError: the network does not run on that size.
+        UnsupportedModelError: the network does not end in this way; the message says how it does.
+    """
+    made_by, leaf, root = _trace(model, input_size)
+    reached = {leaf}
+    for node in _in_order(root):
+        if any(n in reached for n, _ in node.next_functions):
+            reached.add(node)
+
+    def source(node: Any) -> Any:
+        """What a node computes from, reshaping left out."""
+        node = next(n for n, _ in node.next_functions if n in reached)
+        return source(node) if node.name().startswith(_RESHAPES) else node
+
+    def refuse(found: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            "class activation maps need a network that ends in global average pooling and one linear layer (or 1x1 convolution), "
+            f"but {found}; set student.cam_weight=0."
+        )
+
+    def describe(node: Any) -> str:
+        name, module = made_by.get(node, ("", None))
+        return f"'{name}' ({type(module).__name__})" if name else f"an operation outside modules ({node.name()})"
+
+    end = source(root) if root.name().startswith(_RESHAPES) else root
+    name, classifier = made_by.get(end, ("", None))
+    if not isinstance(classifier, (nn.Linear, nn.Conv2d)):
+        raise refuse(f"its logits come from {describe(end)}")
+    pool = source(end)
+    if not pool.name().startswith(_AVERAGES):
+        raise refuse(f"the input of its classifier '{name}' comes from {describe(pool)}")
+    point, _ = made_by.get(source(pool), ("", None))
+    if not point:
+        raise refuse(f"the input of the pooling comes from {describe(source(pool))}")
+    with FeatureTap(model, [point]) as tap, probing(model, input_size, []) as x, torch.no_grad():
+        logits = model(x + torch.linspace(-1, 1, x.numel(), device=x.device, dtype=x.dtype).view_as(x))
+        features, rows = tap.features()[-1], classifier.weight.flatten(1)
+    if features.dim() == 4 and features.shape[1] == rows.shape[1]:
+        again = F.linear(features.mean((2, 3)), rows, classifier.bias)
+        if torch.allclose(again, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
+            return point, name
+    raise refuse(f"its logits are not those of '{name}' on the mean of '{point}', {list(features.shape)}")
 
 
 def _above(node: Any, latest: dict[Any, set[nn.Module | None]]) -> set[nn.Module | None]:

@@ -68,6 +68,12 @@ def _quantized_weight(layer: QuantConv2d | QuantLinear) -> Tensor:
     return ops.fake_quant_weight(layer.weight, layer.weight_bits) if ready is None else ready
 
 
+def forward_weight(layer: nn.Module) -> Tensor:
+    """The weight a linear or convolution layer computes with: the quantized one, with its gradient, where it quantizes."""
+    weight: Tensor = _quantized_weight(layer) if isinstance(layer, QuantConv2d | QuantLinear) else layer.weight  # type: ignore[assignment]
+    return weight
+
+
 _READY = "_quantized_weight"  # in the instance's dictionary, past nn.Module's own bookkeeping
 
 
