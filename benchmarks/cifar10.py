@@ -21,29 +21,31 @@ import torch
 
 import zsq_fast as zsq
 from benchmarks import record
+from zsq_fast import papers
 from zsq_fast.data import evaluate, load_eval_data
 from zsq_fast.errors import TrainingError
 from zsq_fast.methods import Progress, Result, run_together
 from zsq_fast.models import load_model
 
-# HAST's ablations (supplement, tables 1 to 4 and figure 1; hast_family.md section 5.8), each the overrides of its students.
-ABLATIONS: dict[str, dict[str, list[str]]] = {
-    "direction": {name: [f"student.promote_by={name.lower()}"] for name in ("KL", "FA", "KL+FA")},
-    "weights": {
-        f"{a},{b}": [f"student.clean_weight={a}", f"student.promoted_weight={b}"]
-        for a, b in [(1, 0), (3, 1), (2, 1), (1, 1), (0, 1), (1, 4), (1, 3), (1, 2)]
-    },
-    "alignment": {
-        "relaxed": [],
-        # The published lambda of direct alignment is not known.
-        **{f"direct, lambda {value}": ["student.alignment=direct", f"student.feature_weight={value}"]
-           for value in (1, 10, 100, 1000)},
-    },
-    "samples": {str(n): [f"images.count={n}"] for n in (256, 1280, 2560, 5120)},
-    "epsilon": {str(value): [f"student.epsilon={value}"] for value in (0.002, 0.005, 0.01, 0.02, 0.05)},
-    "lambda": {str(value): [f"student.feature_weight={value}"] for value in (0, 100, 500, 1000, 2000, 4000)},
-    "gamma": {str(value): [f"images.hard_gamma={value}"] for value in (0, 0.5, 1, 2)},
+# HAST's ablations at W3A3: tables of its supplement as `zsq_fast.papers` has them, and sweeps like those of its figure 1, each the
+# overrides of its students.
+TABLES = ("direction", "weights", "alignment")
+SWEEPS = {
+    "direct_lambda": [("student.feature_weight", v, "student.alignment=direct") for v in (1, 10, 100, 1000)],  # not published
+    "samples": [("images.count", n) for n in (256, 1280, 2560, 5120)],
+    "epsilon": [("student.epsilon", v) for v in (0.002, 0.005, 0.01, 0.02, 0.05)],
+    "lambda": [("student.feature_weight", v) for v in (0, 100, 500, 1000, 2000, 4000)],
+    "gamma": [("images.hard_gamma", v) for v in (0, 0.5, 1, 2)],
 }  # fmt: skip
+
+
+def ablation(name: str) -> dict[str, tuple[list[str], float | None]]:
+    """Label of every student -> (overrides, published top-1)."""
+    if name in TABLES:
+        rows = papers.rows(f"hast/{name}").values()
+        found = [r for r in rows if r.id.endswith("-cifar10-w3a3")]
+        return {r.id.split("/")[2].removesuffix("-cifar10-w3a3"): (list(r.overrides), r.top1) for r in found}
+    return {str(v): ([f"{option}={v}", *more], None) for option, v, *more in SWEEPS[name]}
 
 
 @dataclasses.dataclass
@@ -137,12 +139,13 @@ def train_recipes(job: Job) -> None:
 def train_ablations(job: Job) -> None:
     args, owners = job.args, []
     for name in args.ablation:
-        for value, overrides in ABLATIONS[name].items():
+        for value, (overrides, published) in ablation(name).items():
             job.add("hast", 3, overrides, f"{name} {value}")
-            owners.append((name, value))
+            owners.append((name, value, published))
     outcomes: dict[str, dict[str, Any]] = {}
-    for (name, value), (trainer, result) in zip(owners, job.run(), strict=True):
+    for (name, value, published), (trainer, result) in zip(owners, job.run(), strict=True):
         outcomes.setdefault(name, {})[value] = outcome = job.outcome(trainer, result)
+        outcome |= {} if published is None else {"published": published}
         outcome.pop("summary", None)
         print(f"{name} {value}: {outcome.get('results', outcome.get('error'))}", flush=True)
     for name, students in outcomes.items():
@@ -156,7 +159,9 @@ def main() -> None:
     ap.add_argument("--data", required=True)
     ap.add_argument("--recipes", nargs="+", default=["kl_only", "gdfq", "ait"])
     ap.add_argument("--bits", nargs="+", type=int, default=[4, 3])
-    ap.add_argument("--ablation", nargs="+", choices=ABLATIONS, help="HAST's ablations at W3A3 instead of recipes")
+    ap.add_argument(
+        "--ablation", nargs="+", choices=[*TABLES, *SWEEPS], help="HAST's ablations at W3A3 instead of recipes"
+    )
     ap.add_argument("--schedule", default="short")
     ap.add_argument("--set", nargs="+", default=[], dest="overrides")
     ap.add_argument("--seed", type=int, default=0)
