@@ -88,7 +88,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(capsys, tiny, tmp_path):
     assert plan["images"] == 400 * 200 * 200 and plan["student_steps"] == 396 * 200
     cost = plan["estimate"]
     assert {s["name"]: s["count"] for s in cost["stages"]}["student steps"] == 396 * 200 and cost["runs"] == 1
-    assert cost["seconds"] == pytest.approx(sum(s["count"] * s["seconds_each"] for s in cost["stages"])) > 0
+    assert cost["seconds"] == pytest.approx(sum(s["count"] * s["seconds_each"] for s in cost["stages"]))
     assert not out_dir.exists()
 
 
