@@ -46,6 +46,7 @@ def run(words: Sequence[str]) -> int:
     from zsq_fast.cli.result import print_plan
     from zsq_fast.cli.training import default_out, execute, make_trainer
     from zsq_fast.methods import load_recipe, student_like
+    from zsq_fast.methods.mixed import settle_bits
     from zsq_fast.nn import summarize
     from zsq_fast.runs import RunDir
     from zsq_fast.runs.directory import check_free
@@ -66,6 +67,7 @@ def run(words: Sequence[str]) -> int:
         act_bits=arguments.act_bits,
     )
     if arguments.dry_run:
+        recipe = settle_bits(recipe, teacher, size, job.seed)
         student = student_like(teacher, recipe, size)
         print_plan(job, recipe, summarize(student), as_json=arguments.json)
         return 0

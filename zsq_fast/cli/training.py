@@ -15,7 +15,9 @@ from zsq_fast.runs import Progress, RunDir
 
 
 def default_out(job: Job, recipe_name: str, recipe: Recipe) -> Path:
-    name = f"{Path(job.model).name}-{Path(recipe_name).stem}-w{recipe.quant.weight_bits}a{recipe.quant.act_bits}"
+    name = (
+        f"{Path(job.model).name}-{Path(recipe_name).stem}-w{recipe.quant.nominal_weight_bits:g}a{recipe.quant.act_bits}"
+    )
     return Path("runs") / re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
 
 

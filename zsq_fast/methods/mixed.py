@@ -5,17 +5,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from zsq_fast.errors import UsageError
+from zsq_fast.methods.images import synthesize_images
+from zsq_fast.methods.recipe import Images, Recipe
+from zsq_fast.methods.synthesis import derive_seed
 from zsq_fast.nn import Site, convert, summarize
+from zsq_fast.nn.probe import probing
 from zsq_fast.ops import fake_quant_weight
 
 BITS = (2, 3, 4, 5, 6, 8)
 RESOLUTION = 2**16  # sizes told apart by default between nothing and everything at its widest
+# What a run judges by: one small batch that matches the batch-norm statistics alone, as ZeroQ's images do, after few steps. The
+# recipe's own images would do as well, but they come later, and a generator's only with the student's warm-up.
+PROBES = Images(count=32, batch_size=32, iterations=100, lr=0.1)
 
 
 def weight_sites(model: nn.Module, input_size: Sequence[int]) -> dict[str, Site]:
@@ -157,3 +164,30 @@ def allocate(frontier: Frontier, budget_bytes: int) -> dict[str, int]:
     if at < 0:
         raise UsageError(f"the budget of {budget_bytes} bytes is below the {int(frontier.sizes[0])} of the fewest bits")
     return dict(zip(frontier.layers, frontier.bits[at].tolist(), strict=True))
+
+
+def settle_bits(
+    recipe: Recipe,
+    teacher: nn.Module,
+    input_size: Sequence[int],
+    seed: int,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Recipe:
+    """The recipe with the bits of every layer written out, if it leaves them to `quant.average_weight_bits`.
+
+    The budget is what the weights would take at that many bits throughout, fractions included.
+
+    Raises: see `synthesize_images` and `sensitivity`.
+    """
+    average = recipe.quant.average_weight_bits
+    if not average or recipe.quant.layer_bits:
+        return recipe
+    sites = weight_sites(teacher, input_size)
+    with probing(teacher, input_size, ()) as zeros, torch.no_grad():
+        classes = teacher(zeros).shape[1]
+    made = synthesize_images(teacher, PROBES, input_size, classes, derive_seed(seed, "sensitivity"), layout=layout)
+    found = sensitivity(teacher, made.images, input_size=input_size, layout=layout)
+    budget = sum(site.packed_bytes(average) for site in sites.values())
+    bits = allocate(pareto(layer_sizes(sites), found), budget)
+    texts = tuple(f"{name}={b}" for name, b in bits.items())
+    return replace(recipe, quant=replace(recipe.quant, layer_bits=texts))
