@@ -22,7 +22,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 RESOLUTION = 2**16  # sizes told apart by default between nothing and everything at its widest
 # What a run judges by: one small batch that matches the batch-norm statistics alone, as ZeroQ's images do, after few steps. The
 # recipe's own images would do as well, but they come later, and a generator's only with the student's warm-up.
-PROBES = Images(count=32, batch_size=32, iterations=100, lr=0.1)
+PROBES = Images(count=32, batch_size=32, iterations=100)
 
 
 def weight_sites(model: nn.Module, input_size: Sequence[int]) -> dict[str, Site]:

@@ -147,7 +147,7 @@ class Trainer:
 
     def _build_optimizers(self) -> None:
         spec = self.recipe.student
-        groups: dict[int, dict[str, nn.Parameter]] = {}  # weights by their bits: inundation counts codes
+        groups: dict[int, dict[str, nn.Parameter]] = {}  # weights by their bits, whose codes inundation counts
         if self.recipe.inundation.enabled:
             for name, weight in znn.quantized_weights(self.student).items():
                 bits = self.student.get_submodule(name.rpartition(".")[0]).weight_bits
