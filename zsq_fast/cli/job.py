@@ -85,11 +85,13 @@ class Job:
         """The header of the student file, in the form `load_model` understands."""
         texts = {
             "model": self.model,
-            "weight_bits": str(recipe.quant.weight_bits),
+            "weight_bits": f"{recipe.quant.nominal_weight_bits:g}",
             "act_bits": str(recipe.quant.act_bits),
         }
         texts["format"] = "zsq_fast fake-quantized student"
         texts["input_size"] = ",".join(map(str, self.input_size or ()))
+        if recipe.quant.layer_bits:
+            texts["layer_bits"] = ",".join(recipe.quant.layer_bits)
         if self.mean and self.std:
             texts["norm"] = f"mean {','.join(map(repr, self.mean))} std {','.join(map(repr, self.std))}"
         return texts

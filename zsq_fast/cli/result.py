@@ -39,7 +39,7 @@ def record(job: Job, recipe: Recipe, result: Result, student: Path) -> dict[str,
     return {
         "model": job.model,
         "recipe": recipe.name,
-        "weight_bits": recipe.quant.weight_bits,
+        "weight_bits": recipe.quant.nominal_weight_bits,
         "act_bits": recipe.quant.act_bits,
         "seed": job.seed,
         "device": job.device,
@@ -61,7 +61,7 @@ def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
         print(json.dumps(result, indent=1))
         return
     print(
-        f"{result['model']}, {result['recipe']}, W{result['weight_bits']}A{result['act_bits']}, seed {result['seed']}"
+        f"{result['model']}, {result['recipe']}, W{result['weight_bits']:g}A{result['act_bits']}, seed {result['seed']}"
     )
     sizes = _size(result["float_bytes"]), f"{_size(result['packed_bytes'])} packed"
     top1, chosen = result["top1"], result.get("chosen_epoch")

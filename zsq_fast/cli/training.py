@@ -15,18 +15,22 @@ from zsq_fast.cli.result import CHOSEN, RESULT, STUDENT, print_plan, record
 from zsq_fast.errors import Interrupted
 from zsq_fast.methods import Recipe, Trainer, student_like
 from zsq_fast.methods.estimate import estimate
+from zsq_fast.methods.mixed import settle_bits
 from zsq_fast.nn import summarize
 from zsq_fast.runs import Progress, RunDir
 
 
 def default_out(job: Job, recipe_name: str, recipe: Recipe) -> Path:
-    name = f"{Path(job.model).name}-{Path(recipe_name).stem}-w{recipe.quant.weight_bits}a{recipe.quant.act_bits}"
+    name = (
+        f"{Path(job.model).name}-{Path(recipe_name).stem}-w{recipe.quant.nominal_weight_bits:g}a{recipe.quant.act_bits}"
+    )
     return Path("runs") / re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
 
 
 def plan(job: Job, recipe: Recipe, teacher: nn.Module, *, runs: int = 1, as_json: bool = False) -> int:
     """--dry-run: prints what would be done and what it would take, for so many runs."""
     assert job.input_size is not None
+    recipe = settle_bits(recipe, teacher, job.input_size, job.seed)
     student = student_like(teacher, recipe, job.input_size)
     options: dict[str, Any] = dict(seed=job.seed, channels_last=job.channels_last, force=job.force)
     cost = estimate(teacher, recipe, input_size=job.input_size, **options)

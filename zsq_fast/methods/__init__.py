@@ -50,7 +50,7 @@ def quantize(
     Args:
         teacher: float network with BatchNorm2d layers, on the device to train on; it is not changed.
         recipe: built-in name ("ait", "gdfq", "kl_only", "rtn"), a .toml file, or a resolved `Recipe`.
-        weight_bits, act_bits: 2 to 8; None keeps the recipe's.
+        weight_bits, act_bits: 2 to 8; None keeps the recipe's. In a recipe of mixed widths `weight_bits` is their average.
         input_size: `(C, H, W)` of the network's input; asked for, never guessed.
         seed: every draw of the run follows from it.
         schedule: "paper" (80,000 iterations) or "short"; `overrides` such as `["schedule.epochs=20"]` change any number.
@@ -115,7 +115,7 @@ def student_like(teacher: nn.Module, recipe: Recipe, input_size: Sequence[int]) 
     from zsq_fast.nn import freeze_ranges
 
     student = convert(
-        teacher, recipe.quant.weight_bits, recipe.quant.act_bits, ema=recipe.quant.ema, input_size=input_size
+        teacher, recipe.quant.widths, recipe.quant.act_bits, ema=recipe.quant.ema, input_size=input_size
     ).eval()
     freeze_ranges(student)
     return student

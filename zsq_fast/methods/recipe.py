@@ -29,14 +29,56 @@ def _require(ok: bool, name: str, rule: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Quant:
+    """The quantizers.
+
+    Attributes:
+        weight_bits, act_bits: 2 to 8, of every weight and activation.
+        ema: range tracking of the activations, see `QuantAct`.
+        average_weight_bits: 0, or 2 to 8: every layer's weight gets bits of its own instead of `weight_bits`, the least sensitive
+            assignment whose packed weights are no larger than at this many bits throughout (ZeroQ's mixed precision).
+        layer_bits: texts "layer=bits" of all such layers. Empty, with an average set: a run searches before it begins, and its
+            resolved recipe holds what it found. Given, they are taken as they are.
+    """
+
     weight_bits: int = 4
     act_bits: int = 4
     ema: str = "reference"
+    average_weight_bits: float = 0.0
+    layer_bits: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits"):
             _require(2 <= getattr(self, name) <= 8, f"quant.{name}", "an integer from 2 to 8", getattr(self, name))
         _require(self.ema in ("reference", "plain"), "quant.ema", "'reference' or 'plain'", self.ema)
+        average = self.average_weight_bits
+        _require(average == 0 or 2 <= average <= 8, "quant.average_weight_bits", "0 or from 2 to 8", average)
+        for text in self.layer_bits:
+            _require(text.rpartition("=")[2] in set("2345678") and "=" in text, "quant.layer_bits",
+                     "texts 'layer=bits' with bits from 2 to 8", text)  # fmt: skip
+        _require(
+            len(self.layer_widths) == len(self.layer_bits), "quant.layer_bits", "one text per layer", self.layer_bits
+        )
+
+    @property
+    def layer_widths(self) -> dict[str, int]:
+        """`layer_bits` as a mapping."""
+        parts = [text.rpartition("=") for text in self.layer_bits]
+        return {name: int(bits) for name, _, bits in parts}
+
+    @property
+    def widths(self) -> int | dict[str, int]:
+        """The weight bits that `zsq_fast.nn.convert` takes. Raises UsageError while the search for them is still to be made."""
+        if self.average_weight_bits and not self.layer_bits:
+            raise UsageError(
+                "quant.average_weight_bits leaves the bits of each layer to a search before the run: take the recipe it "
+                "resolved (recipe.json of the run, Trainer.recipe), or zsq_fast.methods.mixed.settle_bits."
+            )
+        return self.layer_widths or self.weight_bits
+
+    @property
+    def nominal_weight_bits(self) -> float:
+        """Of all weights, or on average: what a run is named after."""
+        return self.average_weight_bits or self.weight_bits
 
 
 @dataclass(frozen=True)
@@ -498,6 +540,7 @@ def load_recipe(
         name_or_path: a built-in name (`available_recipes()`) or a .toml file.
         input_size: `(C, H, W)`.
         schedule: "paper" or "short".
+        weight_bits, act_bits: of the quantizers; in a recipe of mixed widths `weight_bits` is their average.
         overrides: texts `section.option=value`.
 
     Raises:
@@ -506,7 +549,12 @@ def load_recipe(
     if schedule not in SCHEDULES:
         raise UsageError(f"unknown schedule '{schedule}'.{nearest(schedule, SCHEDULES)}")
     table = _resolve(name_or_path, max(input_size[-2:]) > LARGE_INPUT, schedule)
-    for key, bits in (("weight_bits", weight_bits), ("act_bits", act_bits)):
+    mixed = table.get("quant", {}).get("average_weight_bits")
+    for key, bits in (
+        ("weight_bits", weight_bits),
+        ("act_bits", act_bits),
+        ("average_weight_bits", mixed and weight_bits),
+    ):
         if bits is not None:
             _merge(table, {"quant": {key: bits}})
     for text in overrides:

@@ -20,6 +20,7 @@ from zsq_fast.methods.batches import ImageBatches
 from zsq_fast.methods.held_out import HeldOut, chosen_record
 from zsq_fast.methods.images import ImageSet, cached_images, synthesize_images
 from zsq_fast.methods.meters import Meters
+from zsq_fast.methods.mixed import settle_bits
 from zsq_fast.methods.recipe import Images, Recipe
 from zsq_fast.methods.search import settle_genotype
 from zsq_fast.methods.state import State, optimizer_tensors, restore_optimizer
@@ -122,8 +123,9 @@ class Trainer:
         if channels_last is None:
             channels_last = device.type == "cpu"
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.recipe = recipe = settle_bits(recipe, teacher, self.input_size, seed, self.layout)
         quant = recipe.quant
-        self.student = znn.convert(teacher, quant.weight_bits, quant.act_bits, ema=quant.ema, input_size=input_size)
+        self.student = znn.convert(teacher, quant.widths, quant.act_bits, ema=quant.ema, input_size=input_size)
         self.student.eval().requires_grad_(True).to(memory_format=self.layout)
         self.summary = znn.summarize(self.student)
         self.recipe = recipe = settle_genotype(recipe, teacher, self.input_size, seed, self.layout)
@@ -153,7 +155,12 @@ class Trainer:
 
     def _build_optimizers(self) -> None:
         spec = self.recipe.student
-        self.inundated = znn.quantized_weights(self.student) if self.recipe.inundation.enabled else {}
+        groups: dict[int, dict[str, nn.Parameter]] = {}  # weights by their bits, whose codes inundation counts
+        if self.recipe.inundation.enabled:
+            for name, weight in znn.quantized_weights(self.student).items():
+                bits = self.student.get_submodule(name.rpartition(".")[0]).weight_bits
+                groups.setdefault(bits, {})[name] = weight  # type: ignore[arg-type]
+        self.inundated = {name: weight for group in groups.values() for name, weight in group.items()}
         taken = {id(p) for p in self.inundated.values()}
         sgd: dict[str, Any] = dict(
             lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov, weight_decay=spec.weight_decay
@@ -163,9 +170,8 @@ class Trainer:
         if self.inundated:
             gi = self.recipe.inundation
             self.gi = GISGD(
-                self.inundated.values(),
+                [{"params": list(group.values()), "bits": bits} for bits, group in groups.items()],
                 **sgd,
-                bits=self.recipe.quant.weight_bits,
                 threshold=gi.threshold,
                 search_steps=gi.search_steps,
             )

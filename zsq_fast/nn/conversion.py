@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from zsq_fast.errors import UnsupportedModelError
+from zsq_fast.errors import UnsupportedModelError, UsageError, nearest
 from zsq_fast.nn.layers import QuantAct, QuantConv2d, QuantLinear, check_bits
 from zsq_fast.nn.probe import probing
 
@@ -65,6 +66,10 @@ class Site:
     rows: int = 0
     note: str = ""
 
+    def packed_bytes(self, bits: int | float | None = None) -> int:
+        """Size of a quantized weight: codes packed at `bits` (None: its own), a float32 scale and zero point per row."""
+        return math.ceil(self.numel * ((self.bits or 0) if bits is None else bits) / 8) + 8 * self.rows
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -100,13 +105,13 @@ class Summary:
     @property
     def packed_bytes(self) -> int:
         """Size with codes packed at their bits, a float32 scale and zero point per row, and the rest in float32."""
-        weights = self._of("conv", "linear")
-        return sum(-(-s.numel * (s.bits or 0) // 8) + 8 * s.rows for s in weights) + 4 * self.float_parameters
+        return sum(s.packed_bytes() for s in self._of("conv", "linear")) + 4 * self.float_parameters
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "weight_tensors": self.weight_tensors,
             "quantized_weights": self.quantized_weights,
+            "layer_bits": {s.name: s.bits for s in self._of("conv", "linear")},
             "act_quantizers": self.act_quantizers,
             "float_bytes": self.float_bytes,
             "packed_bytes": self.packed_bytes,
@@ -176,9 +181,23 @@ def _refuse(model: nn.Module) -> None:
         )
 
 
+def _widths(weight_bits: Mapping[str, int], layers: Sequence[str]) -> Mapping[str, int]:
+    """The mapping, if it gives exactly these layers sound bits."""
+    for name, bits in weight_bits.items():
+        if name not in layers:
+            raise UsageError(
+                f"weight_bits names '{name}', no layer whose weight is quantized.{nearest(str(name), layers)}"
+            )
+        check_bits(f"weight_bits['{name}']", bits)
+    missing = [name for name in layers if name not in weight_bits]
+    if missing:
+        raise UsageError(f"weight_bits gives no bits for the layer '{missing[0]}' ({len(missing)} missing)")
+    return weight_bits
+
+
 def convert(
     model: nn.Module,
-    weight_bits: int = 4,
+    weight_bits: int | Mapping[str, int] = 4,
     act_bits: int = 4,
     *,
     ema: str = "reference",
@@ -189,7 +208,7 @@ def convert(
     First and last layers included; biases, batch norms and everything else stay float (ait_family.md section 2).
 
     Args:
-        weight_bits, act_bits: 2 to 8.
+        weight_bits, act_bits: 2 to 8. A mapping gives every layer whose weight is quantized, by module name, bits of its own.
         ema: range tracking of the activations, see `QuantAct`.
         input_size: `(C, H, W)`. With it network and copy are run once on zeros: a ReLU module that is called several times
             gets one quantizer per call, a layer that is never called stays float, and a copy that does not call its own
@@ -198,8 +217,10 @@ def convert(
     Raises:
         UnsupportedModelError: nothing in the network can be quantized, its weights hold NaN or infinity, or it reaches its
             layers in a way that a copy does not carry over (a forward patched with a closure).
+        UsageError: bits out of range, or a mapping that misses such a layer or names another.
     """
-    check_bits("weight_bits", weight_bits)
+    if not isinstance(weight_bits, Mapping):
+        check_bits("weight_bits", weight_bits)
     check_bits("act_bits", act_bits)
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     _refuse(model)
@@ -207,6 +228,10 @@ def convert(
     calls, functional = Counter(dict.fromkeys(watched, 1)), 0
     if input_size is not None:
         calls, functional = _count_calls(model, watched, input_size)
+    weighted = [name for name, m in watched.items() if calls[name] and _kind(m) in (QuantConv2d, QuantLinear)]
+    widths = (
+        _widths(weight_bits, weighted) if isinstance(weight_bits, Mapping) else dict.fromkeys(weighted, weight_bits)
+    )
     # The copy's modules change their class in place: whatever refers to them (lists, bound methods, hooks, tied weights)
     # keeps referring to them.
     student = copy.deepcopy(model)
@@ -220,7 +245,7 @@ def convert(
             acts = (QuantAct(act_bits, ema, device=weight.device, dtype=weight.dtype) for _ in range(calls[name]))
             m.quant, m.next_call = nn.ModuleList(acts).train(m.training), 0
         else:
-            m.weight_bits = weight_bits
+            m.weight_bits = widths[name]
     if input_size is not None:
         own = {name: m for name, m in student.named_modules() if name in watched}
         again, _ = _count_calls(student, own, input_size)
