@@ -29,14 +29,25 @@ def _require(ok: bool, name: str, rule: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Quant:
+    """The quantizer.
+
+    Attributes:
+        weight_bits, act_bits: 2 to 8.
+        ema: range tracking of the activations, see `zsq_fast.nn.QuantAct`.
+        start: the student's weights before its first step: "nearest", those of the network, or "squant", moved so that their rounding
+            errors cancel (SQuant, `zsq_fast.nn.balanced_rounding_`).
+    """
+
     weight_bits: int = 4
     act_bits: int = 4
     ema: str = "reference"
+    start: str = "nearest"
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits"):
             _require(2 <= getattr(self, name) <= 8, f"quant.{name}", "an integer from 2 to 8", getattr(self, name))
         _require(self.ema in ("reference", "plain"), "quant.ema", "'reference' or 'plain'", self.ema)
+        _require(self.start in ("nearest", "squant"), "quant.start", "'nearest' or 'squant'", self.start)
 
 
 @dataclass(frozen=True)

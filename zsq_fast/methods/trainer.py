@@ -117,6 +117,8 @@ class Trainer:
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         quant = recipe.quant
         self.student = znn.convert(teacher, quant.weight_bits, quant.act_bits, ema=quant.ema, input_size=input_size)
+        if quant.start == "squant":
+            znn.balanced_rounding_(self.student)
         self.student.eval().requires_grad_(True).to(memory_format=self.layout)
         self.summary = znn.summarize(self.student)
         self.recipe = recipe = settle_genotype(recipe, teacher, self.input_size, seed, self.layout)

@@ -13,6 +13,7 @@ from zsq_fast.nn.conversion import (
 )
 from zsq_fast.nn.features import FeatureTap, feature_points
 from zsq_fast.nn.layers import QuantAct, QuantConv2d, QuantLinear, weights_quantized_together
+from zsq_fast.nn.rounding import balanced_codes, balanced_rounding_
 from zsq_fast.nn.taps import BNStatsTap, usable_batch_norms
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "QuantReLU6",
     "Site",
     "Summary",
+    "balanced_codes",
+    "balanced_rounding_",
     "calibrating",
     "convert",
     "feature_points",
