@@ -111,8 +111,9 @@ def student_like(teacher: nn.Module, recipe: Recipe, input_size: Sequence[int]) 
     """The untrained student of a recipe, to load a finished one's `state_dict` into; in eval mode, ranges frozen."""
     from zsq_fast.nn import freeze_ranges
 
+    quant = recipe.quant
     student = convert(
-        teacher, recipe.quant.weight_bits, recipe.quant.act_bits, ema=recipe.quant.ema, input_size=input_size
+        teacher, quant.weight_bits, quant.act_bits, ema=quant.ema, ranges=quant.ranges, input_size=input_size
     ).eval()
     freeze_ranges(student)
     return student

@@ -36,18 +36,24 @@ class Quant:
         ema: range tracking of the activations, see `zsq_fast.nn.QuantAct`.
         start: the student's weights before its first step: "nearest", those of the network, or "squant", moved so that their rounding
             errors cancel (SQuant, `zsq_fast.nn.balanced_rounding_`).
+        ranges: "minmax", of weights and calibration images, or "learned": from the end of the calibration on one step size per
+            output channel and per activation is trained with the student, without weight decay (LSQ; another protocol).
     """
 
     weight_bits: int = 4
     act_bits: int = 4
     ema: str = "reference"
     start: str = "nearest"
+    ranges: str = "minmax"
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits"):
             _require(2 <= getattr(self, name) <= 8, f"quant.{name}", "an integer from 2 to 8", getattr(self, name))
         _require(self.ema in ("reference", "plain"), "quant.ema", "'reference' or 'plain'", self.ema)
         _require(self.start in ("nearest", "squant"), "quant.start", "'nearest' or 'squant'", self.start)
+        _require(self.ranges in ("minmax", "learned"), "quant.ranges", "'minmax' or 'learned'", self.ranges)
+        _require(self.start == "nearest" or self.ranges == "minmax", "quant.start",
+                 "'nearest' when quant.ranges is 'learned': SQuant's flips belong to the min/max grid", self.start)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -316,6 +322,8 @@ class Recipe:
                  f"more than schedule.warmup_epochs ({warmup}), or the student takes no step", epochs)  # fmt: skip
         _require(self.student.enabled or not self.images.enabled, "images.enabled",
                  "false when student.enabled is: nothing would use the images", self.images.enabled)  # fmt: skip
+        _require(not self.inundation.enabled or self.quant.ranges == "minmax", "inundation.enabled",
+                 "false when quant.ranges is 'learned': it counts codes of the min/max grid", self.inundation.enabled)  # fmt: skip
         _require(self.images.enabled or not self.student.batch_size, "student.batch_size",
                  "0 when images.enabled is false: the student trains on the generator's batches", self.student.batch_size)  # fmt: skip
 

@@ -23,6 +23,7 @@ from zsq_fast.methods.search import settle_genotype
 from zsq_fast.methods.state import State, optimizer_tensors, restore_optimizer
 from zsq_fast.methods.steps import StudentStep
 from zsq_fast.methods.synthesis import Batch, Synthesis
+from zsq_fast.nn.layers import SMALLEST_STEP
 from zsq_fast.nn.taps import look_untrained
 from zsq_fast.optim import GISGD
 from zsq_fast.runs import Progress, RunDir, StopRequest
@@ -116,7 +117,9 @@ class Trainer:
             channels_last = device.type == "cpu"
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         quant = recipe.quant
-        self.student = znn.convert(teacher, quant.weight_bits, quant.act_bits, ema=quant.ema, input_size=input_size)
+        self.student = znn.convert(
+            teacher, quant.weight_bits, quant.act_bits, ema=quant.ema, ranges=quant.ranges, input_size=input_size
+        )
         if quant.start == "squant":
             znn.balanced_rounding_(self.student)
         self.student.eval().requires_grad_(True).to(memory_format=self.layout)
@@ -148,12 +151,15 @@ class Trainer:
     def _build_optimizers(self) -> None:
         spec = self.recipe.student
         self.inundated = znn.quantized_weights(self.student) if self.recipe.inundation.enabled else {}
-        taken = {id(p) for p in self.inundated.values()}
+        self.learned: list[Tensor] = list(znn.learned_steps(self.student).values())
+        taken = {id(p) for p in (*self.inundated.values(), *self.learned)}
         sgd: dict[str, Any] = dict(
             lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov, weight_decay=spec.weight_decay
         )
         rest = [p for p in self.student.parameters() if id(p) not in taken]
         self.optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(rest, **sgd)] if rest else []
+        if self.learned:
+            self.optimizers[0].add_param_group({"params": self.learned, "weight_decay": 0.0})
         if self.inundated:
             gi = self.recipe.inundation
             self.gi = GISGD(
@@ -173,6 +179,9 @@ class Trainer:
         loss, agreement = self.losses.backward(batch)
         for optimizer in self.optimizers:  # plain SGD first, then inundation (ait_family.md 7.2)
             optimizer.step()
+        if self.learned:
+            with torch.no_grad():  # a step below 0 would mirror the codes
+                torch._foreach_clamp_min_(self.learned, SMALLEST_STEP)
         self.meters.add(student_loss=loss, agreement=agreement)
         if self.inundated:
             self.meters.add_inundation(self.gi.changed, self.gi.kappa)
@@ -260,6 +269,8 @@ class Trainer:
         record.update(self.meters.read(self.inundated))
         self._check_finite(epoch, record)
         self.meters.reset()
+        if done == schedule.calibration_epochs:
+            znn.freeze_ranges(self.student)  # learned ranges begin here: "rtn" is measured on them
         if done == min(schedule.warmup_epochs, schedule.epochs):
             record["top1"] = self._measure("rtn", self.student)
         if done == schedule.epochs:

@@ -8,6 +8,7 @@ from zsq_fast.nn.conversion import (
     calibrating,
     convert,
     freeze_ranges,
+    learned_steps,
     quantized_weights,
     summarize,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "convert",
     "feature_points",
     "freeze_ranges",
+    "learned_steps",
     "quantized_weights",
     "summarize",
     "usable_batch_norms",

@@ -64,6 +64,7 @@ class Site:
     numel: int = 0
     rows: int = 0
     note: str = ""
+    row_bytes: int = 8
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,9 @@ class Summary:
 
     @property
     def packed_bytes(self) -> int:
-        """Size with codes packed at their bits, a float32 scale and zero point per row, and the rest in float32."""
+        """Size with codes packed at their bits, a float32 scale and zero point (learned: a step) per row, the rest in float32."""
         weights = self._of("conv", "linear")
-        return sum(-(-s.numel * (s.bits or 0) // 8) + 8 * s.rows for s in weights) + 4 * self.float_parameters
+        return sum(-(-s.numel * (s.bits or 0) // 8) + s.row_bytes * s.rows for s in weights) + 4 * self.float_parameters
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -182,6 +183,7 @@ def convert(
     act_bits: int = 4,
     *,
     ema: str = "reference",
+    ranges: str = "minmax",
     input_size: Sequence[int] | None = None,
 ) -> nn.Module:
     """A copy of a float network with every Conv2d and Linear weight, and every ReLU/ReLU6 output, fake-quantized.
@@ -191,6 +193,7 @@ def convert(
     Args:
         weight_bits, act_bits: 2 to 8.
         ema: range tracking of the activations, see `QuantAct`.
+        ranges: "minmax", or "learned" from `freeze_ranges` on, see `QuantConv2d` and `QuantAct`.
         input_size: `(C, H, W)`. With it network and copy are run once on zeros: a ReLU module that is called several times
             gets one quantizer per call, a layer that is never called stays float, and a copy that does not call its own
             layers is refused. Without it every module counts as called once.
@@ -217,10 +220,11 @@ def convert(
             continue
         m.__class__ = twin
         if isinstance(m, _ThenQuant):
-            acts = (QuantAct(act_bits, ema, device=weight.device, dtype=weight.dtype) for _ in range(calls[name]))
+            acts = (QuantAct(act_bits, ema, weight.device, weight.dtype, ranges) for _ in range(calls[name]))
             m.quant, m.next_call = nn.ModuleList(acts).train(m.training), 0
         else:
             m.weight_bits = weight_bits
+            m.set_ranges(ranges, m.weight.shape[:1], m.weight)
     if input_size is not None:
         own = {name: m for name, m in student.named_modules() if name in watched}
         again, _ = _count_calls(student, own, input_size)
@@ -246,6 +250,7 @@ def _sites(model: nn.Module) -> Iterator[Site]:
                 m.weight_bits,
                 m.weight.numel(),
                 m.weight.shape[0],
+                row_bytes=8 if m.step is None else 4,
             )
         elif isinstance(m, QuantAct):
             yield Site(name, "act", m.bits)
@@ -266,8 +271,8 @@ def _sites(model: nn.Module) -> Iterator[Site]:
 def summarize(model: nn.Module) -> Summary:
     """What of a converted network is quantized, at how many bits, and what stayed float and why."""
     sites = tuple(_sites(model))
-    quantized = sum(s.numel for s in sites if s.bits is not None)
-    return Summary(sites, sum(p.numel() for p in model.parameters()) - quantized)
+    counted = sum(s.numel for s in sites if s.bits is not None) + sum(p.numel() for p in learned_steps(model).values())
+    return Summary(sites, sum(p.numel() for p in model.parameters()) - counted)
 
 
 def quantized_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -279,10 +284,17 @@ def quantized_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def learned_steps(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The step of every quantizer with a learned range, by parameter name."""
+    quantizers = {name: m for name, m in model.named_modules() if isinstance(m, QuantAct | QuantConv2d | QuantLinear)}
+    steps = {f"{name}.step" if name else "step": m.step for name, m in quantizers.items()}
+    return {name: step for name, step in steps.items() if step is not None}
+
+
 def freeze_ranges(model: nn.Module) -> None:
-    """Freeze the range of every activation quantizer."""
+    """Freeze the range of every activation quantizer, or begin to learn it, and those of the weights, where ranges are learned."""
     for m in model.modules():
-        if isinstance(m, QuantAct):
+        if isinstance(m, QuantAct | QuantConv2d | QuantLinear):
             m.freeze()
 
 
