@@ -11,8 +11,7 @@ from torch import nn
 from zsq_fast.errors import UsageError
 from zsq_fast.methods.recipe import Recipe, available_recipes, load_recipe
 from zsq_fast.methods.search import search_generator
-from zsq_fast.methods.trainer import Result, Trainer, run_together
-from zsq_fast.nn import convert
+from zsq_fast.methods.trainer import Result, Trainer, make_student, run_together
 from zsq_fast.runs import Progress, RunDir
 
 __all__ = [
@@ -114,8 +113,6 @@ def student_like(teacher: nn.Module, recipe: Recipe, input_size: Sequence[int]) 
     """The untrained student of a recipe, to load a finished one's `state_dict` into; in eval mode, ranges frozen."""
     from zsq_fast.nn import freeze_ranges
 
-    student = convert(
-        teacher, recipe.quant.widths, recipe.quant.act_bits, ema=recipe.quant.ema, input_size=input_size
-    ).eval()
+    student = make_student(teacher, recipe.quant, input_size).eval()
     freeze_ranges(student)
     return student

@@ -33,11 +33,15 @@ class Quant:
 
     Attributes:
         weight_bits, act_bits: 2 to 8, of every weight and activation.
-        ema: range tracking of the activations, see `QuantAct`.
+        ema: range tracking of the activations, see `zsq_fast.nn.QuantAct`.
         average_weight_bits: 0, or 2 to 8: every layer's weight gets bits of its own instead of `weight_bits`, the least sensitive
             assignment whose packed weights are no larger than at this many bits throughout (ZeroQ's mixed precision).
         layer_bits: texts "layer=bits" of all such layers. Empty, with an average set: a run searches before it begins, and its
             resolved recipe holds what it found. Given, they are taken as they are.
+        start: the student's weights before its first step: "nearest", those of the network, or "squant", moved so that their rounding
+            errors cancel (SQuant, `zsq_fast.nn.balanced_rounding_`).
+        ranges: "minmax", of weights and calibration images, or "learned": from the end of the calibration on one step size per
+            output channel and per activation is trained with the student, without weight decay (LSQ; another protocol).
     """
 
     weight_bits: int = 4
@@ -45,6 +49,8 @@ class Quant:
     ema: str = "reference"
     average_weight_bits: float = 0.0
     layer_bits: tuple[str, ...] = ()
+    start: str = "nearest"
+    ranges: str = "minmax"
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits"):
@@ -58,6 +64,10 @@ class Quant:
         _require(
             len(self.layer_widths) == len(self.layer_bits), "quant.layer_bits", "one text per layer", self.layer_bits
         )
+        _require(self.start in ("nearest", "squant"), "quant.start", "'nearest' or 'squant'", self.start)
+        _require(self.ranges in ("minmax", "learned"), "quant.ranges", "'minmax' or 'learned'", self.ranges)
+        _require(self.start == "nearest" or self.ranges == "minmax", "quant.start",
+                 "'nearest' when quant.ranges is 'learned': SQuant's flips belong to the min/max grid", self.start)  # fmt: skip
 
     @property
     def layer_widths(self) -> dict[str, int]:
@@ -390,6 +400,8 @@ class Recipe:
                  f"more than schedule.warmup_epochs ({warmup}), or the student takes no step", epochs)  # fmt: skip
         _require(self.student.enabled or not self.images.enabled, "images.enabled",
                  "false when student.enabled is: nothing would use the images", self.images.enabled)  # fmt: skip
+        _require(not self.inundation.enabled or self.quant.ranges == "minmax", "inundation.enabled",
+                 "false when quant.ranges is 'learned': it counts codes of the min/max grid", self.inundation.enabled)  # fmt: skip
         _require(self.images.enabled or not self.student.batch_size, "student.batch_size",
                  "0 when images.enabled is false: the student trains on the generator's batches", self.student.batch_size)  # fmt: skip
         _require(self.images.enabled or not self.student.low_pass, "student.low_pass",

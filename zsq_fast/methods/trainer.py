@@ -21,16 +21,23 @@ from zsq_fast.methods.held_out import HeldOut, chosen_record
 from zsq_fast.methods.images import ImageSet, cached_images, synthesize_images
 from zsq_fast.methods.meters import Meters
 from zsq_fast.methods.mixed import settle_bits
-from zsq_fast.methods.recipe import Images, Recipe
+from zsq_fast.methods.recipe import Images, Quant, Recipe
 from zsq_fast.methods.search import settle_genotype
 from zsq_fast.methods.state import State, optimizer_tensors, restore_optimizer
 from zsq_fast.methods.steps import StudentStep
 from zsq_fast.methods.synthesis import Batch, Synthesis
+from zsq_fast.nn.layers import SMALLEST_STEP
 from zsq_fast.nn.taps import look_untrained
 from zsq_fast.optim import GISGD
 from zsq_fast.runs import Progress, RunDir, StopRequest
 
 SETTLING_UPDATES = 175  # of the published range tracker, to within 0.1 % (ait_family.md section 2)
+
+
+def make_student(teacher: nn.Module, quant: Quant, input_size: Sequence[int]) -> nn.Module:
+    """The quantized copy that a recipe asks for, its weights those of the teacher. Raises: see `zsq_fast.nn.convert`."""
+    options: dict[str, Any] = dict(ema=quant.ema, ranges=quant.ranges, input_size=input_size)
+    return znn.convert(teacher, quant.widths, quant.act_bits, **options)
 
 
 @dataclass
@@ -125,7 +132,9 @@ class Trainer:
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.recipe = recipe = settle_bits(recipe, teacher, self.input_size, seed, self.layout)
         quant = recipe.quant
-        self.student = znn.convert(teacher, quant.widths, quant.act_bits, ema=quant.ema, input_size=input_size)
+        self.student = make_student(teacher, quant, input_size)
+        if quant.start == "squant":
+            znn.balanced_rounding_(self.student)
         self.student.eval().requires_grad_(True).to(memory_format=self.layout)
         self.summary = znn.summarize(self.student)
         self.recipe = recipe = settle_genotype(recipe, teacher, self.input_size, seed, self.layout)
@@ -161,12 +170,15 @@ class Trainer:
                 bits = self.student.get_submodule(name.rpartition(".")[0]).weight_bits
                 groups.setdefault(bits, {})[name] = weight  # type: ignore[arg-type]
         self.inundated = {name: weight for group in groups.values() for name, weight in group.items()}
-        taken = {id(p) for p in self.inundated.values()}
+        self.learned: list[Tensor] = list(znn.learned_steps(self.student).values())
+        taken = {id(p) for p in (*self.inundated.values(), *self.learned)}
         sgd: dict[str, Any] = dict(
             lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov, weight_decay=spec.weight_decay
         )
         rest = [p for p in self.student.parameters() if id(p) not in taken]
         self.optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(rest, **sgd)] if rest else []
+        if self.learned:
+            self.optimizers[0].add_param_group({"params": self.learned, "weight_decay": 0.0})
         if self.inundated:
             gi = self.recipe.inundation
             self.gi = GISGD(
@@ -185,6 +197,9 @@ class Trainer:
         loss, agreement = self.losses.backward(batch)
         for optimizer in self.optimizers:  # plain SGD first, then inundation (ait_family.md 7.2)
             optimizer.step()
+        if self.learned:
+            with torch.no_grad():  # a step below 0 would mirror the codes
+                torch._foreach_clamp_min_(self.learned, SMALLEST_STEP)
         self.meters.add(student_loss=loss, agreement=agreement)
         if self.inundated:
             self.meters.add_inundation(self.gi.changed, self.gi.kappa)
@@ -281,6 +296,8 @@ class Trainer:
                 record.update(held_out.measure(self.student))
         self._check_finite(epoch, record)
         self.meters.reset()
+        if done == schedule.calibration_epochs:
+            znn.freeze_ranges(self.student)  # learned ranges begin here: "rtn" is measured on them
         if done == min(schedule.warmup_epochs, schedule.epochs):
             record["top1"] = self._measure("rtn", self.student)
         if done == schedule.epochs:

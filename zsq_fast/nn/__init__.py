@@ -8,11 +8,13 @@ from zsq_fast.nn.conversion import (
     calibrating,
     convert,
     freeze_ranges,
+    learned_steps,
     quantized_weights,
     summarize,
 )
 from zsq_fast.nn.features import FeatureTap, class_map_layers, feature_points
 from zsq_fast.nn.layers import QuantAct, QuantConv2d, QuantLinear, forward_weight, weights_quantized_together
+from zsq_fast.nn.rounding import balanced_codes, balanced_rounding_
 from zsq_fast.nn.taps import BNStatsTap, usable_batch_norms
 
 __all__ = [
@@ -25,12 +27,15 @@ __all__ = [
     "QuantReLU6",
     "Site",
     "Summary",
+    "balanced_codes",
+    "balanced_rounding_",
     "calibrating",
     "class_map_layers",
     "convert",
     "feature_points",
     "forward_weight",
     "freeze_ranges",
+    "learned_steps",
     "quantized_weights",
     "summarize",
     "usable_batch_norms",

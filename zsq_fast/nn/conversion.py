@@ -65,10 +65,11 @@ class Site:
     numel: int = 0
     rows: int = 0
     note: str = ""
+    row_bytes: int = 8
 
     def packed_bytes(self, bits: int | float | None = None) -> int:
-        """Size of a quantized weight: codes packed at `bits` (None: its own), a float32 scale and zero point per row."""
-        return math.ceil(self.numel * ((self.bits or 0) if bits is None else bits) / 8) + 8 * self.rows
+        """Size of a quantized weight: codes packed at `bits` (None: its own), and what every row needs beside."""
+        return math.ceil(self.numel * ((self.bits or 0) if bits is None else bits) / 8) + self.row_bytes * self.rows
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Summary:
 
     @property
     def packed_bytes(self) -> int:
-        """Size with codes packed at their bits, a float32 scale and zero point per row, and the rest in float32."""
+        """Size with codes packed at their bits, a float32 scale and zero point (learned: a step) per row, the rest in float32."""
         return sum(s.packed_bytes() for s in self._of("conv", "linear")) + 4 * self.float_parameters
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,6 +202,7 @@ def convert(
     act_bits: int = 4,
     *,
     ema: str = "reference",
+    ranges: str = "minmax",
     input_size: Sequence[int] | None = None,
 ) -> nn.Module:
     """A copy of a float network with every Conv2d and Linear weight, and every ReLU/ReLU6 output, fake-quantized.
@@ -210,6 +212,7 @@ def convert(
     Args:
         weight_bits, act_bits: 2 to 8. A mapping gives every layer whose weight is quantized, by module name, bits of its own.
         ema: range tracking of the activations, see `QuantAct`.
+        ranges: "minmax", or "learned" from `freeze_ranges` on, see `QuantConv2d` and `QuantAct`.
         input_size: `(C, H, W)`. With it network and copy are run once on zeros: a ReLU module that is called several times
             gets one quantizer per call, a layer that is never called stays float, and a copy that does not call its own
             layers is refused. Without it every module counts as called once.
@@ -242,10 +245,11 @@ def convert(
             continue
         m.__class__ = twin
         if isinstance(m, _ThenQuant):
-            acts = (QuantAct(act_bits, ema, device=weight.device, dtype=weight.dtype) for _ in range(calls[name]))
+            acts = (QuantAct(act_bits, ema, weight.device, weight.dtype, ranges) for _ in range(calls[name]))
             m.quant, m.next_call = nn.ModuleList(acts).train(m.training), 0
         else:
             m.weight_bits = widths[name]
+            m.set_ranges(ranges, m.weight.shape[:1], m.weight)
     if input_size is not None:
         own = {name: m for name, m in student.named_modules() if name in watched}
         again, _ = _count_calls(student, own, input_size)
@@ -271,6 +275,7 @@ def _sites(model: nn.Module) -> Iterator[Site]:
                 m.weight_bits,
                 m.weight.numel(),
                 m.weight.shape[0],
+                row_bytes=8 if m.step is None else 4,
             )
         elif isinstance(m, QuantAct):
             yield Site(name, "act", m.bits)
@@ -291,8 +296,8 @@ def _sites(model: nn.Module) -> Iterator[Site]:
 def summarize(model: nn.Module) -> Summary:
     """What of a converted network is quantized, at how many bits, and what stayed float and why."""
     sites = tuple(_sites(model))
-    quantized = sum(s.numel for s in sites if s.bits is not None)
-    return Summary(sites, sum(p.numel() for p in model.parameters()) - quantized)
+    counted = sum(s.numel for s in sites if s.bits is not None) + sum(p.numel() for p in learned_steps(model).values())
+    return Summary(sites, sum(p.numel() for p in model.parameters()) - counted)
 
 
 def quantized_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -304,10 +309,17 @@ def quantized_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def learned_steps(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The step of every quantizer with a learned range, by parameter name."""
+    quantizers = {name: m for name, m in model.named_modules() if isinstance(m, QuantAct | QuantConv2d | QuantLinear)}
+    steps = {f"{name}.step" if name else "step": m.step for name, m in quantizers.items()}
+    return {name: step for name, step in steps.items() if step is not None}
+
+
 def freeze_ranges(model: nn.Module) -> None:
-    """Freeze the range of every activation quantizer."""
+    """Freeze the range of every activation quantizer, or begin to learn it, and those of the weights, where ranges are learned."""
     for m in model.modules():
-        if isinstance(m, QuantAct):
+        if isinstance(m, QuantAct | QuantConv2d | QuantLinear):
             m.freeze()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from zsq_fast import ops
 from zsq_fast.errors import UsageError
 
+SMALLEST_STEP = 1e-8  # of a learned range; the min/max grid, too, takes no range below this
+
 
 def check_bits(name: str, bits: int) -> int:
     if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
@@ -22,55 +24,115 @@ def check_bits(name: str, bits: int) -> int:
     return bits
 
 
-class QuantConv2d(nn.Conv2d):
-    """`nn.Conv2d` whose weight is fake-quantized per output channel in every forward; the bias stays float.
+class _Ranged(nn.Module):
+    """Mixin: a quantizer over minimum and maximum that can learn its range (LSQ, Esser et al., ICLR 2020).
 
-    Takes `nn.Conv2d`'s arguments and `weight_bits`; parameters and `state_dict` keys are those of `nn.Conv2d`.
+    With `ranges="learned"` it has a parameter `step`, the units per code. Until `freeze()` the min/max range counts and the step is
+    0; then it begins as the smallest one that clips nothing of that range, and is trained.
     """
 
-    def __init__(self, *args: Any, weight_bits: int = 4, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.weight_bits = check_bits("weight_bits", weight_bits)
+    frozen: bool
+    step: nn.Parameter | None
 
-    @classmethod
-    def from_float(cls, conv: nn.Conv2d, weight_bits: int = 4) -> QuantConv2d:
-        """A quantized copy of a float layer, hooks and memory layout included; the layer itself is not touched."""
-        return _from_float(cls, nn.Conv2d, conv, weight_bits)
+    def set_ranges(self, ranges: str, shape: Sequence[int], like: Tensor) -> None:
+        if ranges not in ("minmax", "learned"):
+            raise UsageError(f"ranges must be 'minmax' or 'learned', got {ranges!r}")
+        self.frozen = False
+        self.register_parameter("step", nn.Parameter(like.new_zeros(shape)) if ranges == "learned" else None)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, _quantized_weight(self), self.bias)
+    @property
+    def learns(self) -> bool:
+        """Whether the step counts: it is there and the min/max range is frozen."""
+        return self.frozen and self.step is not None
+
+    def _begin(self, lo: Tensor, hi: Tensor, codes: tuple[int, int]) -> None:
+        assert self.step is not None
+        step = hi / codes[1]
+        if codes[0]:
+            step = torch.maximum(step, lo / codes[0])
+        with torch.no_grad():  # one that was loaded is not 0 and stays
+            self.step.copy_(torch.where(self.step == 0, step.clamp(min=SMALLEST_STEP), self.step))
+
+    def _learned(self, x: Tensor, codes: tuple[int, int], sharing: int) -> Tensor:
+        """x on the learned grid; the step's gradient is scaled for `sharing` values per step (LSQ section 2.2)."""
+        return ops.fake_quant_learned(x, self.step, *codes, (max(sharing, 1) * codes[1]) ** -0.5)  # type: ignore[arg-type]
+
+
+def _signed_codes(bits: int) -> tuple[int, int]:
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+class _QuantWeight(_Ranged):
+    """What the layers share: a weight, fake-quantized per row."""
+
+    weight: Tensor
+    weight_bits: int
+
+    def freeze(self) -> None:
+        """Let the learned step count, if the layer has one; a min/max range always follows its weight."""
+        self.frozen = True
+        if self.step is not None and self.weight.numel():
+            rows = self.weight.detach().flatten(1)
+            self._begin(rows.amin(1), rows.amax(1), _signed_codes(self.weight_bits))
+
+    def quantized_weight(self) -> Tensor:
+        """The weight that the forward computes with."""
+        ready: Tensor | None = self.__dict__.get(_READY)
+        if ready is not None:
+            return ready
+        if self.learns:
+            return self._learned(self.weight, _signed_codes(self.weight_bits), self.weight[0].numel())
+        return ops.fake_quant_weight(self.weight, self.weight_bits)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
+        return f"{super().extra_repr()}, weight_bits={self.weight_bits}{_learned_repr(self)}"
 
 
-class QuantLinear(nn.Linear):
-    """`nn.Linear` whose weight is fake-quantized per output feature in every forward; the bias stays float."""
+def _learned_repr(module: _Ranged) -> str:
+    return "" if module.step is None else ", ranges='learned'"
 
-    def __init__(self, *args: Any, weight_bits: int = 4, **kwargs: Any):
+
+class QuantConv2d(_QuantWeight, nn.Conv2d):
+    """`nn.Conv2d` whose weight is fake-quantized per output channel in every forward; the bias stays float.
+
+    Takes `nn.Conv2d`'s arguments, `weight_bits` and `ranges`; parameters and `state_dict` keys are those of `nn.Conv2d`, and
+    for `ranges="learned"` a `step` `[out_channels]`, which counts from `freeze()` on (LSQ with codes -2^(k-1) to 2^(k-1) - 1).
+    """
+
+    def __init__(self, *args: Any, weight_bits: int = 4, ranges: str = "minmax", **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.weight_bits = check_bits("weight_bits", weight_bits)
+        self.set_ranges(ranges, self.weight.shape[:1], self.weight)
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, weight_bits: int = 4) -> QuantLinear:
+    def from_float(cls, conv: nn.Conv2d, weight_bits: int = 4, ranges: str = "minmax") -> QuantConv2d:
         """A quantized copy of a float layer, hooks and memory layout included; the layer itself is not touched."""
-        return _from_float(cls, nn.Linear, linear, weight_bits)
+        return _from_float(cls, nn.Conv2d, conv, weight_bits, ranges)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, _quantized_weight(self), self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weight_bits={self.weight_bits}"
+        return self._conv_forward(input, self.quantized_weight(), self.bias)
 
 
-def _quantized_weight(layer: QuantConv2d | QuantLinear) -> Tensor:
-    ready: Tensor | None = layer.__dict__.get(_READY)
-    return ops.fake_quant_weight(layer.weight, layer.weight_bits) if ready is None else ready
+class QuantLinear(_QuantWeight, nn.Linear):
+    """`nn.Linear` whose weight is fake-quantized per output feature in every forward; see `QuantConv2d`."""
+
+    def __init__(self, *args: Any, weight_bits: int = 4, ranges: str = "minmax", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.weight_bits = check_bits("weight_bits", weight_bits)
+        self.set_ranges(ranges, self.weight.shape[:1], self.weight)
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, weight_bits: int = 4, ranges: str = "minmax") -> QuantLinear:
+        """A quantized copy of a float layer, hooks and memory layout included; the layer itself is not touched."""
+        return _from_float(cls, nn.Linear, linear, weight_bits, ranges)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.quantized_weight(), self.bias)
 
 
 def forward_weight(layer: nn.Module) -> Tensor:
     """The weight a linear or convolution layer computes with: the quantized one, with its gradient, where it quantizes."""
-    weight: Tensor = _quantized_weight(layer) if isinstance(layer, QuantConv2d | QuantLinear) else layer.weight  # type: ignore[assignment]
+    weight: Tensor = layer.quantized_weight() if isinstance(layer, _QuantWeight) else layer.weight  # type: ignore[assignment]
     return weight
 
 
@@ -81,11 +143,14 @@ _READY = "_quantized_weight"  # in the instance's dictionary, past nn.Module's o
 def weights_quantized_together(model: nn.Module) -> Iterator[None]:
     """Quantize all weights of the model on entry, in one call, for the forward passes inside.
 
-    Values and gradients are those of the layers quantizing one by one. A weight must not change in between.
+    Values and gradients are those of the layers quantizing one by one, which layers that learn their ranges go on doing. A weight
+    must not change in between.
     """
     groups: dict[Any, list[QuantConv2d | QuantLinear]] = defaultdict(list)
     for layer in model.modules():
-        if isinstance(layer, QuantConv2d | QuantLinear):
+        if (
+            isinstance(layer, QuantConv2d | QuantLinear) and not layer.learns
+        ):  # a learned step's node serves one backward
             groups[layer.weight_bits, layer.weight.dtype, layer.weight.device].append(layer)
     try:
         for (bits, *_), layers in groups.items():
@@ -99,16 +164,18 @@ def weights_quantized_together(model: nn.Module) -> Iterator[None]:
                 layer.__dict__.pop(_READY, None)
 
 
-def _from_float(cls: type[nn.Module], base: type[nn.Module], layer: nn.Module, weight_bits: int) -> Any:
+def _from_float(cls: type[nn.Module], base: type[nn.Module], layer: nn.Module, weight_bits: int, ranges: str) -> Any:
     if type(layer) not in (base, cls) or "weight" not in layer._parameters:
         raise UsageError(f"{cls.__name__}.from_float takes a plain nn.{base.__name__}, got {type(layer).__name__}")
     new = copy.deepcopy(layer)
     new.__class__ = cls
     new.weight_bits = check_bits("weight_bits", weight_bits)  # type: ignore[assignment]
+    weight = new._parameters["weight"]
+    new.set_ranges(ranges, weight.shape[:1], weight)  # type: ignore[operator, union-attr]
     return new
 
 
-class QuantAct(nn.Module):
+class QuantAct(_Ranged):
     """Per-tensor activation fake quantization with a running range.
 
     While in training mode and not frozen, each forward first updates the range with the batch's minimum and maximum
@@ -119,6 +186,8 @@ class QuantAct(nn.Module):
         bits: 2 to 8.
         ema: "reference" repeats the published code, which feeds the bias-corrected value back into the average and needs
             about 175 updates to settle; "plain" is an ordinary bias-corrected moving average.
+        ranges: "minmax", or "learned": from `freeze()` on a trained parameter `step` `[]` counts instead of the range (LSQ), with
+            codes 0 to 2^k - 1, or -2^(k-1) to 2^(k-1) - 1 if the range went below 0.
 
     Buffers `lo`, `hi` and `beta_t` `[]` are updated in place.
     """
@@ -128,32 +197,56 @@ class QuantAct(nn.Module):
     hi: Tensor
     beta_t: Tensor
 
-    def __init__(self, bits: int = 4, ema: str = "reference", device: Any = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        bits: int = 4,
+        ema: str = "reference",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        ranges: str = "minmax",
+    ):
         super().__init__()
         self.bits = check_bits("act_bits", bits)
         if ema not in ("reference", "plain"):
             raise UsageError(f"QuantAct: ema must be 'reference' or 'plain', got {ema!r}")
         self.ema = ema
-        self.frozen = False
+        self.codes = 0, 2**bits - 1  # of the learned grid
         self.register_buffer("lo", torch.tensor(float("nan"), device=device, dtype=dtype))
         self.register_buffer("hi", torch.tensor(float("nan"), device=device, dtype=dtype))
         self.register_buffer("beta_t", torch.tensor(1.0, device=device, dtype=dtype))
+        self.set_ranges(ranges, (), self.lo)
 
     def freeze(self) -> QuantAct:
-        """Keep the range as it is from now on."""
+        """Keep the range as it is from now on, or begin to learn it."""
         self.frozen = True
+        if self.step is not None:
+            self._choose_codes()
+            self._begin(self.lo, self.hi, self.codes)
         return self
 
     def unfreeze(self) -> QuantAct:
+        """Let the range follow the data again; a learned one will begin anew."""
         self.frozen = False
+        if self.step is not None:
+            self.step.data.zero_()
         return self
+
+    def _choose_codes(self) -> None:
+        if self.step is not None:  # the host reads the range: when it is frozen or loaded, not in a forward
+            self.codes = _signed_codes(self.bits) if bool(self.lo < 0) else (0, 2**self.bits - 1)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._choose_codes()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and not self.frozen:
             return ops.fake_quant_act_running(
                 x, self.lo, self.hi, self.beta_t, self.bits, self.decay, self.ema == "plain"
             )
+        if self.learns:
+            return self._learned(x, self.codes, x[:1].numel())  # features of one image
         return ops.fake_quant_act(x, self.lo, self.hi, self.bits)
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, ema={self.ema!r}"
+        return f"bits={self.bits}, ema={self.ema!r}{_learned_repr(self)}"
