@@ -35,6 +35,7 @@ class _Ranged(nn.Module):
     step: nn.Parameter | None
 
     def set_ranges(self, ranges: str, shape: Sequence[int], like: Tensor) -> None:
+        """Choose "minmax" or "learned", with steps of this shape on the device of `like`; not frozen."""
         if ranges not in ("minmax", "learned"):
             raise UsageError(f"ranges must be 'minmax' or 'learned', got {ranges!r}")
         self.frozen = False
