@@ -19,7 +19,8 @@ BEGIN, END = "<!-- measured: python -m benchmarks.table --write -->", "<!-- end 
 TITLES = {
     "gdfq": "GDFQ", "autorecon": "AutoReCon", "qimera": "Qimera", "kl_only": "KL-only", "ait": "AIT", "autorecon_ait": "AutoReCon + AIT",
     "qimera_ait": "Qimera + AIT", "zeroq": "ZeroQ images, fine-tuned", "intraq": "IntraQ", "plf": "PLF", "hast": "HAST",
-    "hast_ait": "HAST + AIT", "synq": "SynQ",
+    "hast_ait": "HAST + AIT", "hast_squant": "HAST from SQuant's rounding",
+    "synq": "SynQ",
 }  # fmt: skip
 
 
