@@ -312,10 +312,13 @@ def test_pseudo_labels_by_hand(classes, threshold, device):
     s = torch.randn(40, classes, dtype=torch.float64, requires_grad=True)
     want = plf_by_hand(s, t, threshold, 0.3)
     own = s.detach().to(device).requires_grad_()
-    found = pseudo_label_ce(own, t.to(device).requires_grad_(), threshold, 0.3)
+    teacher = t.to(device).requires_grad_()
+    found = pseudo_label_ce(own, teacher, threshold, 0.3)
     torch.testing.assert_close(found.cpu(), want)
     (a,), (b,) = torch.autograd.grad(found.sum(), own), torch.autograd.grad(want.sum(), s)
     torch.testing.assert_close(a.cpu(), b)
+    found.sum().backward()
+    assert teacher.grad is None
 
 
 def test_a_sure_teacher_gives_finite_losses():
