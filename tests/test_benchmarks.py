@@ -1,0 +1,53 @@
+"""The programs behind the committed records, where they decide something."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import zsq_fast as zsq
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import cifar10, record
+from benchmarks.__main__ import below_gate, measure, row
+from benchmarks.cases import Case
+
+
+@pytest.mark.parametrize("name", [*cifar10.TABLES, *cifar10.SWEEPS])
+def test_students_of_an_ablation_differ(name):
+    students = cifar10.ablation(name)
+    recipes = [
+        zsq.load_recipe("hast", input_size=(3, 32, 32), schedule="short", overrides=overrides)
+        for overrides, _ in students.values()
+    ]
+    assert len(set(recipes)) == len(recipes) >= 2
+    assert all((published is not None) == (name in cifar10.TABLES) for _, published in students.values())
+
+
+def test_rounds_go_on_until_a_second_has_passed(monkeypatch):
+    calls = {"kernel": 0, "reference": 0}
+
+    def count(name):
+        return lambda: calls.__setitem__(name, calls[name] + 1)
+
+    case = Case("x", 1, 1, {name: count(name) for name in calls}, gates={"reference": 1e9})
+    samples = measure(case, 2, "cpu", cold=False, fresh=False)
+    assert {len(v) for v in samples.values()} == {400}  # the most
+    assert calls == {
+        "kernel": 2 * 403,
+        "reference": 2 * 403,
+    }  # three rounds to warm up, every timed call behind one that is not
+    monkeypatch.setattr("benchmarks.__main__.LEAST_SECONDS", 0)
+    assert len(measure(case, 2, "cpu", cold=False, fresh=False)["kernel"]) == 2
+    (message,) = below_gate(row(case, samples))
+    assert message.startswith("x: ") and "the gate is 1e+09" in message
+
+
+def test_a_record_is_its_json_with_lists_of_numbers_on_one_line(tmp_path):
+    values = {"samples": [1e-05, 2.5, -3, 4], "text": "[1,\n 2]", "names": ["a", "b"], "nested": [[1, 2], [3]]}
+    record.write(tmp_path / "r.json", values)
+    text = (tmp_path / "r.json").read_text()
+    assert json.loads(text) == values and "[ 1e-05, 2.5, -3, 4 ]" in text
