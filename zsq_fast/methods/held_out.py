@@ -28,7 +28,9 @@ class HeldOut:
         self.batch_size = synthesis.recipe.schedule.batch_size
         if tensors is None:
             batches = range(-(-count // self.batch_size))
-            generator = copy.deepcopy(synthesis.generator)  # in train mode, so what one batch leaves in it changes no other
+            generator = copy.deepcopy(
+                synthesis.generator
+            )  # in train mode, so what one batch leaves in it changes no other
             images = torch.cat([synthesis.images("held-out", i, generator=generator)[0] for i in batches])[:count]
         else:
             images = tensors["images"]
