@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,10 @@ class HeldOut:
         self.batch_size = synthesis.recipe.schedule.batch_size
         if tensors is None:
             batches = range(-(-count // self.batch_size))
-            images = torch.cat([synthesis.images("held-out", i)[0] for i in batches])[:count]
+            generator = copy.deepcopy(
+                synthesis.generator
+            )  # in train mode, so what one batch leaves in it changes no other
+            images = torch.cat([synthesis.images("held-out", i, generator=generator)[0] for i in batches])[:count]
         else:
             images = tensors["images"]
         # A copy: with one channel `contiguous` may keep either layout, and a resumed run must convolve in the same one.

@@ -111,12 +111,12 @@ class Synthesis:
         images: Tensor = generator(*(part for part in draw if part is not None))
         return images
 
-    def images(self, *which: object) -> tuple[Tensor, Tensor]:
+    def images(self, *which: object, generator: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """Images and labels (`Batch`) of an iteration or another named batch (`sample`) from the generator as it is now, without
-        training it."""
+        training it; for many batches give one copy of it."""
         draw = self.sample(*which)
         with torch.no_grad():  # from a copy: in train mode its running statistics would move
-            return self._generate(draw, copy.deepcopy(self.generator)), draw.targets(self.num_classes)
+            return self._generate(draw, generator or copy.deepcopy(self.generator)), draw.targets(self.num_classes)
 
     def step(self, step: int) -> Batch:
         """One generator step; the images and logits are those from before it."""
