@@ -103,6 +103,7 @@ class Job:
             return {"error": str(result), "recipe": trainer.recipe.to_dict(), "history": trainer.state.history}
         return {
             "results": {k: round(v, 2) for k, v in result.evaluations.items()},
+            "chosen_epoch": result.chosen_epoch,
             "minutes": round(result.seconds / 60, 2),
             "summary": result.summary.to_dict(),
             "recipe": trainer.recipe.to_dict(),
