@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 
 import pytest
@@ -10,9 +11,10 @@ from networks import tiny
 from torch import nn
 
 import zsq_fast as zsq
-from zsq_fast.errors import TrainingError, UnsupportedModelError, UsageError
+from zsq_fast.errors import Interrupted, TrainingError, UnsupportedModelError, UsageError
 from zsq_fast.methods import Recipe, Trainer, available_recipes, load_recipe, run_together
 from zsq_fast.methods.generators import ConditionalBatchNorm2d, Generator
+from zsq_fast.runs import RunDir
 
 SIZE = (3, 8, 8)
 TINY = ["schedule.epochs=4", "schedule.iterations=3", "schedule.batch_size=8", "schedule.warmup_epochs=2", "schedule.calibration_epochs=2",
@@ -249,7 +251,7 @@ def test_training_in_lockstep_equals_training_alone():
             Trainer(other, recipe(), input_size=SIZE, seed=seed, share=trainers[0])
 
 
-def test_a_student_that_diverges_leaves_the_others_alone():
+def test_a_student_that_diverges_leaves_the_others_alone(monkeypatch, tmp_path):
     """Even the one whose trainer makes the images."""
     teacher = tiny()
     bad = Trainer(teacher, recipe("gdfq", "student.lr=1e30"), input_size=SIZE, seed=3)
@@ -257,6 +259,25 @@ def test_a_student_that_diverges_leaves_the_others_alone():
     error, result = run_together([bad, good])
     assert isinstance(error, TrainingError) and "NaN or infinite" in str(error)
     assert same_tensors(result.student, train("gdfq", teacher=teacher, seed=3).student)
+
+    def stop_with_nan(trainer: Trainer, batch: object) -> None:
+        iterate(trainer, batch)
+        if trainer.state.step == 8 and trainer is first:
+            signal.raise_signal(signal.SIGINT)
+            next(trainer.student.parameters()).data.fill_(float("nan"))
+
+    iterate = Trainer._iterate
+    with (
+        monkeypatch.context() as patched,
+        contextlib.ExitStack() as stack,
+    ):  # stopped in an epoch: the sound one is saved
+        runs = [stack.enter_context(RunDir.create(tmp_path / name, {}, {})) for name in ("nan", "sound")]
+        first = Trainer(teacher, good.recipe, input_size=SIZE, seed=3, run=runs[0])
+        second = Trainer(teacher, good.recipe, input_size=SIZE, seed=3, run=runs[1], share=first)
+        patched.setattr(Trainer, "_iterate", stop_with_nan)
+        with pytest.raises(Interrupted, match="stopped at step 8 and saved"):
+            run_together([first, second])
+        assert [run.load_checkpoint()[0] for run in runs] == [6, 8]
     again = [Trainer(teacher, bad.recipe, input_size=SIZE, seed=3)]
     again.append(Trainer(teacher, bad.recipe, input_size=SIZE, seed=3, share=again[0]))
     with pytest.raises(TrainingError):

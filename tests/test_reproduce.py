@@ -134,8 +134,8 @@ def test_seeds_are_trained_gone_on_with_and_skipped(capsys, tiny, tmp_path):
 
     code, _, err = call(capsys, *words(tiny, out, *data, "--set", "student.lr=0.01"))
     assert code == 2 and "another recipe" in assert_one_sentence(err)
-    code, _, err = call(capsys, *words(tiny, out))
-    assert code == 2 and "another eval_data" in assert_one_sentence(err)
+    code, text, err = call(capsys, *words(tiny, out, "--json"))  # what was measured stays
+    assert code == 0 and json.loads(text)["ours"] == report["ours"], err
 
 
 def test_without_data_there_is_agreement_alone(capsys, tiny, tmp_path):
@@ -145,6 +145,32 @@ def test_without_data_there_is_agreement_alone(capsys, tiny, tmp_path):
     assert code == 0, err
     assert "accuracies need real test images" in text and "agreement with the teacher, chosen" in text
     assert "ours, last epoch" not in text and "91.23" in text
+    code, text, err = call(capsys, *words(tiny, tmp_path / "runs", *more, "--data", tiny.images, "--json", row=row))
+    assert code == 0, err  # the finished students are measured
+    report, run = json.loads(text), str(tmp_path / "runs" / "seed-0")
+    assert set(report["ours"]) == {"last", "chosen"} and report["eval_data"] == str(tiny.images)
+    code, text, err = call(capsys, "evaluate", run, "--data", tiny.images, "--allow-import", "--json")
+    found = json.loads(text)
+    assert code == 0 and {k: found[k]["top1"] for k in ("float", "quantized", "chosen")} == {
+        k: report["seeds"][0][s] for k, s in (("float", "float"), ("quantized", "last"), ("chosen", "chosen"))}  # fmt: skip
+
+
+def test_what_a_run_finds_is_no_other_recipe(capsys, tiny, tmp_path):
+    more = ["--seeds", 1, "--set", "quant.average_weight_bits=4", "--json"]
+    first, again = (call(capsys, *words(tiny, tmp_path, *more)) for _ in "ab")
+    assert first[0] == again[0] == 0 and json.loads(first[1]) == json.loads(again[1]), again[2]
+    code, _, err = call(capsys, *words(tiny, tmp_path, *more, "--set", "quant.average_weight_bits=5"))
+    assert code == 2 and "another recipe" in assert_one_sentence(err)
+
+
+def test_a_directory_that_cannot_be_used_is_told_before_any_training(capsys, tiny, tmp_path):
+    (tmp_path / "seed-1").mkdir()
+    (tmp_path / "seed-1" / "notes.txt").touch()
+    code, _, err = call(capsys, *words(tiny, tmp_path, "--seeds", 2))
+    assert code == 2 and "seed-1 is not empty" in assert_one_sentence(err) and not (tmp_path / "seed-0").exists()
+    (tmp_path / "file").touch()
+    code, _, err = call(capsys, *words(tiny, tmp_path / "file"))
+    assert code == 2 and "is a file" in assert_one_sentence(err)
 
 
 def test_dry_run_writes_nothing(capsys, tiny, tmp_path):

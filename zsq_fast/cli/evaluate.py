@@ -8,13 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from zsq_fast.cli.arguments import Parser, device, input_size, integer, numbers
-from zsq_fast.errors import BadFileError, UsageError
+from zsq_fast.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from zsq_fast.cli.job import Job
-    from zsq_fast.runs import RunDir
 
 
 def make_parser() -> Parser:
@@ -38,6 +35,7 @@ def make_parser() -> Parser:
 def run(words: Sequence[str]) -> int:
     arguments = make_parser().parse(words)
     from zsq_fast.cli.job import Job, evaluator, load
+    from zsq_fast.cli.result import CHOSEN, STUDENT, load_student
     from zsq_fast.runs import RunDir
 
     given = {name: getattr(arguments, name) for name in ("num_classes", "input_size", "mean", "std")}
@@ -56,7 +54,9 @@ def run(words: Sequence[str]) -> int:
     job, teacher = load(job)
     networks: dict[str, nn.Module] = {"float": teacher}
     if is_run:
-        networks["quantized"] = load_student(run_dir, job, teacher)
+        networks["quantized"] = load_student(run_dir, job, teacher, STUDENT)
+        if run_dir.holds(CHOSEN):  # the epoch that agreed best with the float network
+            networks["chosen"] = load_student(run_dir, job, teacher, CHOSEN)
     measure = evaluator(job, arguments.batch_size)
     assert measure is not None
     results = {name: measure(network) for name, network in networks.items()}
@@ -65,21 +65,3 @@ def run(words: Sequence[str]) -> int:
     for name, result in results.items() if not arguments.json else ():
         print(f"{name:<10} top-1 {result.top1:6.2f} %  top-5 {result.top5:6.2f} %  ({result.count} images)")
     return 0
-
-
-def load_student(run_dir: RunDir, job: Job, teacher: nn.Module) -> nn.Module:
-    """The fake-quantized network of a finished run; BadFileError if it is not finished or a byte differs."""
-    from zsq_fast.cli.result import STUDENT
-    from zsq_fast.methods import Recipe, student_like
-
-    path = run_dir.path / STUDENT
-    if not run_dir.holds(STUDENT):
-        raise BadFileError(
-            f"{run_dir.path} is not finished ({STUDENT} is missing); run `zsq-fast resume {run_dir.path}`."
-        )
-    student = student_like(teacher, Recipe.from_dict(run_dir.recipe), job.input_size or ())
-    try:
-        student.load_state_dict(run_dir.load_tensors(STUDENT))
-    except RuntimeError as error:
-        raise BadFileError(f"{path} does not fit the network of this version of zsq_fast: {error}") from error
-    return student

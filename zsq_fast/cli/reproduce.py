@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from zsq_fast.cli.job import Job
     from zsq_fast.methods import Recipe
+    from zsq_fast.runs import RunDir
 
 LIST = "--list"
 # key of the JSON -> what the table calls it
@@ -44,13 +45,19 @@ def run(words: Sequence[str]) -> int:
     from zsq_fast.cli.job import Job, load
     from zsq_fast.cli.training import plan
     from zsq_fast.methods import load_recipe
+    from zsq_fast.runs import RunDir
+    from zsq_fast.runs.directory import check_free
 
     job = Job.from_arguments(
         arguments, model=arguments.model or row.model, eval_every=1 if arguments.eval_data else None
     )
     out = Path(arguments.out or Path("runs") / f"{row.id.replace('/', '-')}-{arguments.schedule}")
+    directories = [out / f"seed-{seed}" for seed in range(arguments.seeds)]
+    for directory in (out, *directories):  # before the first seed is trained
+        if directory.is_file() or (directory != out and not RunDir.is_run(directory)):
+            check_free(directory)
     results = []
-    for seed in range(arguments.seeds):
+    for seed, directory in enumerate(directories):
         loaded, teacher = load(replace(job, seed=seed))
         recipe = load_recipe(
             row.recipe,
@@ -62,7 +69,7 @@ def run(words: Sequence[str]) -> int:
         )
         if arguments.dry_run:
             return plan(loaded, recipe, teacher, runs=arguments.seeds, as_json=arguments.json)
-        results.append(_run(out / f"seed-{seed}", loaded, recipe, teacher, quiet=arguments.quiet))
+        results.append(_run(directory, loaded, recipe, teacher, quiet=arguments.quiet))
     report = _report(row, arguments.schedule, results, replaced=arguments.model is not None)
     print(json.dumps(report, indent=1)) if arguments.json else _print(report)
     return 0
@@ -95,6 +102,7 @@ def _list(words: Sequence[str]) -> int:
 def _run(path: Path, job: Job, recipe: Recipe, teacher: nn.Module, *, quiet: bool) -> dict[str, Any]:
     """The result of one seed: read, gone on with, or trained from the start."""
     from zsq_fast.cli.training import execute, make_trainer, proceed
+    from zsq_fast.methods.autorecon import SEARCH
     from zsq_fast.runs import RunDir
 
     if not RunDir.is_run(path):
@@ -104,16 +112,35 @@ def _run(path: Path, job: Job, recipe: Recipe, teacher: nn.Module, *, quiet: boo
     with RunDir.open(path) as run_dir:
         stored, ours = run_dir.info.get("job", {}), json.loads(json.dumps(asdict(job)))
         recipes = run_dir.recipe, recipe.to_dict()
-        if recipes[0]["generator"]["genotype"].startswith(
-            "{"
-        ):  # written out by the run itself: searched, or from a file
+        # What a run finds and writes into its own recipe.
+        if recipe.generator.genotype == SEARCH or recipe.generator.genotype.endswith((".toml", ".json")):
             recipes[0]["generator"]["genotype"] = recipe.generator.genotype
-        names = ("weights_sha256", "input_size", "seed", "mean", "std", "eval_data", "eval_limit", "eval_every")
-        other = [name for name in names if stored.get(name) != ours[name]]
+        if recipe.quant.average_weight_bits and not recipe.quant.layer_bits:
+            recipes[0]["quant"]["layer_bits"] = []
+        other = [name for name in ("weights_sha256", "input_size", "seed") if stored.get(name) != ours[name]]
         if recipes[0] != recipes[1] or other:
             what = other[0] if other else "recipe"
             raise UsageError(f"{path} holds a run with another {what}; choose another --out or remove it.")
-        return proceed(run_dir, allow_import=job.allow_import, quiet=quiet)
+        result = proceed(run_dir, allow_import=job.allow_import, quiet=quiet)
+        if job.eval_data and (
+            not result["top1"] or result["eval_data"] != job.eval_data or result["eval_limit"] != job.eval_limit
+        ):
+            result = {**result, **_evaluated(run_dir, job, teacher, result)}
+        return result
+
+
+def _evaluated(run_dir: RunDir, job: Job, teacher: nn.Module, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Accuracies on this call's test images of a run that had none or others; the best on test is not known then."""
+    from zsq_fast.cli.job import evaluator
+    from zsq_fast.cli.result import CHOSEN, STUDENT, load_student
+
+    measure = evaluator(job)
+    assert measure is not None
+    networks = {"float": teacher, "last": load_student(run_dir, job, teacher, STUDENT)}
+    if result["chosen_epoch"] is not None:
+        networks["chosen"] = load_student(run_dir, job, teacher, CHOSEN)
+    top1 = {name: measure(network).top1 for name, network in networks.items()}
+    return {"top1": top1, "eval_data": job.eval_data, "eval_limit": job.eval_limit, "best_on_test": None}
 
 
 def _report(row: papers.Row, schedule: str, results: Sequence[Mapping[str, Any]], *, replaced: bool) -> dict[str, Any]:

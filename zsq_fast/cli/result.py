@@ -8,10 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from zsq_fast.cli.job import Job
-from zsq_fast.methods import Recipe, Result
+from zsq_fast.errors import BadFileError
+from zsq_fast.methods import Recipe, Result, student_like
 from zsq_fast.methods.estimate import Estimate
 from zsq_fast.nn import Summary
+from zsq_fast.runs import RunDir
 
 STUDENT = "student.safetensors"
 CHOSEN = "chosen.safetensors"
@@ -131,3 +135,16 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return found
+
+
+def load_student(run_dir: RunDir, job: Job, teacher: nn.Module, name: str) -> nn.Module:
+    """The fake-quantized network STUDENT or CHOSEN of a finished run; BadFileError if it is not finished or a byte differs."""
+    if not run_dir.holds(name):
+        raise BadFileError(f"{run_dir.path} is not finished ({name} is missing); run `zsq-fast resume {run_dir.path}`.")
+    student = student_like(teacher, Recipe.from_dict(run_dir.recipe), job.input_size or ())
+    try:
+        student.load_state_dict(run_dir.load_tensors(name))
+    except RuntimeError as error:
+        what = f"{run_dir.path / name} does not fit the network of this version of zsq_fast: {error}"
+        raise BadFileError(what) from error
+    return student

@@ -30,7 +30,10 @@ def default_out(job: Job, recipe_name: str, recipe: Recipe) -> Path:
 def plan(job: Job, recipe: Recipe, teacher: nn.Module, *, runs: int = 1, as_json: bool = False) -> int:
     """--dry-run: prints what would be done and what it would take, for so many runs."""
     assert job.input_size is not None
-    recipe = settle_bits(recipe, teacher, job.input_size, job.seed)
+    # In the layout that a run would take, whose last digits decide between layers that are almost equally sensitive.
+    last = job.device == "cpu" if job.channels_last is None else job.channels_last
+    layout = torch.channels_last if last else torch.contiguous_format
+    recipe = settle_bits(recipe, teacher, job.input_size, job.seed, layout)
     student = student_like(teacher, recipe, job.input_size)
     options: dict[str, Any] = dict(seed=job.seed, channels_last=job.channels_last, force=job.force)
     cost = estimate(teacher, recipe, input_size=job.input_size, **options)

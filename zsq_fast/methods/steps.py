@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zsq_fast import nn as znn
+from zsq_fast.errors import UnsupportedModelError
 from zsq_fast.losses import kd_kl
 from zsq_fast.methods import recipe as recipes
 from zsq_fast.methods.synthesis import Batch, label_ce
@@ -98,10 +99,12 @@ class StudentStep:
             network: (znn.FeatureTap(network, self.points), znn.FeatureTap(network, map_points))
             for network in (student, teacher)
         }
-        if spec.feature_points:
-            self._teacher(
+        if spec.feature_points or spec.pseudo_label == "plf":
+            out = self._teacher(
                 torch.zeros(1, *input_size, device=next(teacher.parameters()).device)
             )  # wrong names show at once
+            if spec.pseudo_label == "plf" and out.logits.shape[1] < 2:
+                raise UnsupportedModelError("student.pseudo_label=plf needs two classes at least, the network has one.")
 
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Add the gradient to the student's parameters; returns the loss and the share of clean samples on which the

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -365,13 +365,13 @@ class Trainer:
             self._chosen,
         )
 
-    def _stop(self, signal: int) -> None:
-        if self.run_dir is None:
-            raise Interrupted("stopped; nothing was saved because there is no run directory (--out).", signal)
-        if self.state.step % self.recipe.schedule.iterations:  # at an epoch's end it has just been saved
+    def _save_midway(self) -> None:
+        """Raises TrainingError instead of keeping a student that is not sound."""
+        if (
+            self.run_dir is not None and self.state.step % self.recipe.schedule.iterations
+        ):  # at an epoch's end it is saved
             self._check_finite(self.state.step // self.recipe.schedule.iterations, {})
             self.save()
-        raise Interrupted(f"stopped at step {self.state.step} and saved; go on with: {self.resume_hint}", signal)
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
@@ -455,11 +455,28 @@ def run_together(trainers: Sequence[Trainer]) -> list[Result | TrainingError]:
                         if not training:
                             raise
                 if stop.signal is not None:
-                    for trainer in reversed(training):  # each saves; the last call raises
-                        trainer._stop(stop.signal) if trainer is training[0] else trainer.save()
+                    _stop(training, stop.signal)
     finally:
         first.progress.stop()
     return [errors[id(t)] if id(t) in errors else t._result() for t in trainers]
+
+
+def _stop(training: Sequence[Trainer], signal: int) -> NoReturn:
+    """Saves every student that is sound and raises Interrupted, or TrainingError if none is."""
+    sound, error = list[Trainer](), None
+    for trainer in training:
+        try:
+            trainer._save_midway()
+            sound.append(trainer)
+        except TrainingError as found:
+            error = found
+    if not sound:
+        assert error is not None
+        raise error
+    state, hint = sound[0].state, sound[0].resume_hint
+    if sound[0].run_dir is None:
+        raise Interrupted("stopped; nothing was saved because there is no run directory (--out).", signal)
+    raise Interrupted(f"stopped at step {state.step} and saved; go on with: {hint}", signal)
 
 
 def _provide_images(trainers: Sequence[Trainer]) -> None:
