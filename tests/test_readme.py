@@ -13,7 +13,7 @@ import torch
 import zsq_fast as zsq
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
-NUMBERS = {"epochs": 2, "iterations": 1, "batch_size": 2, "warmup_epochs": 1, "calibration_epochs": 1}
+NUMBERS = {"epochs": 2, "iterations": 1, "batch_size": 2, "warmup_epochs": 1, "calibration_epochs": 1, "held_out": 2}
 SHORT = str([f"schedule.{name}={value}" for name, value in NUMBERS.items()])
 
 
