@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import residual
+from stopping import same_tensors
 from torch import Tensor, nn
 
 import zsq_fast as zsq
@@ -37,10 +38,6 @@ def recipe(name="hast", *more) -> Recipe:
 
 def train(name="hast", *more, **options):
     return Trainer(residual(), recipe(name, *more), input_size=SIZE, **options).run()
-
-
-def same_tensors(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 @pytest.fixture

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import signal
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 from networks import residual
+from stopping import whole_and_resumed
 from torch import nn
 
-import zsq_fast as zsq
 from zsq_fast import nn as znn
-from zsq_fast.errors import Interrupted, UsageError
+from zsq_fast.errors import UsageError
 from zsq_fast.methods import Recipe, Trainer, available_recipes, load_recipe, run_together
 from zsq_fast.methods.held_out import HeldOut, chosen_record
 from zsq_fast.runs import RunDir
@@ -126,23 +125,10 @@ def test_lockstep_shares_what_is_held_out():
 
 @pytest.mark.parametrize("name", ["ait", "hast"])
 @pytest.mark.parametrize("step", [4, 6, 13, 20])
-def test_a_resumed_run_chooses_the_same(name, step, tmp_path, monkeypatch):
+def test_a_resumed_run_chooses_the_same(name, step, tmp_path):
     """Stopped in the warm-up, at its end, amid the student's epochs and in the last one."""
     options = dict(recipe=recipe(name), input_size=SIZE, progress=False)
-    zsq.quantize(residual(), run_dir=tmp_path / "whole", **options)
-    iterate, done = Trainer._iterate, []
-
-    def stop_after(self, batch):
-        iterate(self, batch)
-        done.append(1)
-        if len(done) == step:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_iterate", stop_after)
-        with pytest.raises(Interrupted):
-            zsq.quantize(residual(), run_dir=tmp_path / "cut", **options)
-    zsq.quantize(residual(), run_dir=tmp_path / "cut", resume=True, input_size=SIZE, progress=False)
+    whole_and_resumed(residual, options, step, tmp_path)
     for file in ("chosen.safetensors", "student.safetensors", "metrics.jsonl"):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
     with RunDir.open(tmp_path / "cut", read_only=True) as run:

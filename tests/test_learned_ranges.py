@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from networks import residual, tiny
+from stopping import metrics, same_tensors, whole_and_resumed
 from torch import nn
 
 import zsq_fast as zsq
-from zsq_fast.errors import Interrupted, UsageError
+from zsq_fast.errors import UsageError
 from zsq_fast.methods import Trainer, load_recipe, run_together, student_like
 from zsq_fast.nn import calibrating, freeze_ranges, learned_steps
 from zsq_fast.nn.layers import SMALLEST_STEP
-from zsq_fast.runs import RunDir
 
 SIZE = (3, 8, 8)
 TINY = ["schedule.epochs=4", "schedule.iterations=3", "schedule.batch_size=8", "schedule.warmup_epochs=2", "schedule.calibration_epochs=2",
@@ -26,10 +25,6 @@ IMAGES = ["images.count=16", "images.batch_size=8", "images.iterations=3", "stud
 
 def recipe(name="hast_lsq", *more):
     return load_recipe(name, input_size=SIZE, overrides=[*TINY, *(IMAGES if "hast" in name else []), *more])
-
-
-def same_tensors(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def calibrated(device="cpu", bits=3, **options) -> nn.Module:
@@ -241,28 +236,12 @@ def test_recipe_runs_in_lockstep_and_comes_back(device, tmp_path):
     ],
     ids=["in the calibration", "at its end", "while steps are learned", "squant, in the calibration", "squant, later"],
 )
-def test_a_resumed_run_ends_in_the_same_bits(step, which, tmp_path, monkeypatch):
+def test_a_resumed_run_ends_in_the_same_bits(step, which, tmp_path):
     """Steps are not begun anew, nor weights rounded twice."""
     options = dict(recipe=recipe(*which), input_size=SIZE, progress=False)
-    whole = zsq.quantize(residual(), run_dir=tmp_path / "whole", **options)
-    iterate, done = Trainer._iterate, []
-
-    def stop_after(self, batch):
-        iterate(self, batch)
-        done.append(1)
-        if len(done) == step:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_iterate", stop_after)
-        with pytest.raises(Interrupted, match="resume=True"):
-            zsq.quantize(residual(), run_dir=tmp_path / "cut", **options)
-    again = zsq.quantize(residual(), run_dir=tmp_path / "cut", resume=True, input_size=SIZE, progress=False)
+    whole, again = whole_and_resumed(residual, options, step, tmp_path)
     assert same_tensors(again, whole) and bool(learned_steps(again)) == (which == ["hast_lsq"])
-    records = []
-    for name in ("cut", "whole"):
-        with RunDir.open(tmp_path / name, read_only=True) as run:
-            records.append(run.read_metrics())
+    records = metrics(tmp_path)
     assert records[0] == records[1] and len(records[0]) == 4
 
 

@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from networks import tiny
+from stopping import same_tensors
 from torch import nn
 
 import zsq_fast as zsq
@@ -224,10 +225,6 @@ def test_teacher_is_frozen_and_untouched():
         m._forward_pre_hooks for m in teacher.modules()
     )
     assert all(not p.requires_grad and p.grad is None for p in trainer.synthesis.teacher.parameters())
-
-
-def same_tensors(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def test_same_seed_same_bits_other_seed_other_bits():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import signal
 from dataclasses import replace
 
 import pytest
@@ -13,11 +12,12 @@ import torch
 from cli_support import call, make_tiny
 from networks import residual, tiny
 from safetensors import safe_open
+from stopping import same_tensors, whole_and_resumed
 from torch import nn
 
 import zsq_fast as zsq
 from zsq_fast import reference
-from zsq_fast.errors import Interrupted, UsageError
+from zsq_fast.errors import UsageError
 from zsq_fast.methods import Recipe, Trainer, available_recipes, load_recipe, mixed, run_together
 from zsq_fast.methods.mixed import BITS, allocate, layer_sizes, pareto, sensitivity, weight_sites
 from zsq_fast.reference import fake_quant_weight
@@ -244,10 +244,6 @@ def recipe(*more, name="zeroq_mixed", **options) -> Recipe:
     return load_recipe(name, input_size=SIZE, overrides=[*TINY, *more], **options)
 
 
-def same_tensors(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
 def widths(student: nn.Module) -> dict[str, int]:
     return zsq.summarize(student).to_dict()["layer_bits"]
 
@@ -340,23 +336,9 @@ def test_wrong_recipes(change, words):
 
 
 @pytest.mark.parametrize("step", [2, 8], ids=["in the warm-up", "on images"])
-def test_a_resumed_run_ends_in_the_same_bits(step, tmp_path, monkeypatch, searches):
+def test_a_resumed_run_ends_in_the_same_bits(step, tmp_path, searches):
     options = dict(recipe=recipe("inundation.enabled=true", "student.weight_decay=0"), input_size=SIZE, progress=False)
-    whole = zsq.quantize(residual(), run_dir=tmp_path / "whole", **options)
-    iterate, done = Trainer._iterate, []
-
-    def stop_after(self, batch):
-        iterate(self, batch)
-        done.append(1)
-        if len(done) == step:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_iterate", stop_after)
-        with pytest.raises(Interrupted, match="resume=True"):
-            zsq.quantize(residual(), run_dir=tmp_path / "cut", **options)
-    assert len(searches) == 2
-    again = zsq.quantize(residual(), run_dir=tmp_path / "cut", resume=True, input_size=SIZE, progress=False)
+    whole, again = whole_and_resumed(residual, options, step, tmp_path)
     assert len(searches) == 2 and widths(again) == widths(whole) and same_tensors(again, whole)
     records = []
     for name in ("cut", "whole"):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from networks import Reuser, look_trained, residual, tiny
+from stopping import metrics, same_tensors, whole_and_resumed
 from torch import Tensor, nn
 
 import zsq_fast as zsq
-from zsq_fast.errors import Interrupted, UnsupportedModelError, UsageError
+from zsq_fast.errors import UnsupportedModelError, UsageError
 from zsq_fast.losses import kd_kl
 from zsq_fast.methods import Recipe, Trainer, load_recipe, run_together
 from zsq_fast.methods.batches import ImageBatches, low_pass
@@ -22,7 +22,6 @@ from zsq_fast.methods.steps import StudentStep, class_activation_maps, pseudo_la
 from zsq_fast.methods.synthesis import Batch
 from zsq_fast.nn import class_map_layers
 from zsq_fast.ops import feature_alignment
-from zsq_fast.runs import RunDir
 
 SIZE = (3, 8, 8)
 TINY = ["schedule.epochs=5", "schedule.iterations=3", "schedule.batch_size=8", "schedule.warmup_epochs=2", "schedule.calibration_epochs=2",
@@ -39,10 +38,6 @@ def recipe(name="synq", *more) -> Recipe:
 
 def train(name="synq", *more):
     return Trainer(residual(), recipe(name, *more), input_size=SIZE).run()
-
-
-def same_tensors(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 @pytest.fixture
@@ -518,25 +513,9 @@ def test_training_in_lockstep_equals_training_alone():
 @pytest.mark.parametrize(
     "step", [4, 8, 9, 13], ids=["in the warm-up", "on images", "between epochs", "in the last epoch"]
 )
-def test_a_resumed_run_ends_in_the_same_bits(step, tmp_path, monkeypatch):
+def test_a_resumed_run_ends_in_the_same_bits(step, tmp_path):
     options = dict(recipe=recipe("synq", *BOTH), input_size=SIZE, progress=False)
-    whole = zsq.quantize(residual(), run_dir=tmp_path / "whole", **options)
-    iterate, done = Trainer._iterate, []
-
-    def stop_after(self, batch):
-        iterate(self, batch)
-        done.append(1)
-        if len(done) == step:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_iterate", stop_after)
-        with pytest.raises(Interrupted, match="resume=True"):
-            zsq.quantize(residual(), run_dir=tmp_path / "cut", **options)
-    again = zsq.quantize(residual(), run_dir=tmp_path / "cut", resume=True, input_size=SIZE, progress=False)
+    whole, again = whole_and_resumed(residual, options, step, tmp_path)
     assert same_tensors(again, whole)
-    records = []
-    for name in ("cut", "whole"):
-        with RunDir.open(tmp_path / name, read_only=True) as run:
-            records.append(run.read_metrics())
+    records = metrics(tmp_path)
     assert records[0] == records[1] and len(records[0]) == 5
