@@ -48,3 +48,20 @@ def seeded(request: pytest.FixtureRequest, kernels: Kernels) -> Kernels:
     kernels.lib.zsq_seed(ctypes.c_uint64(request.param))
     torch.manual_seed(request.param)
     return kernels
+
+
+@pytest.fixture
+def pair(device):
+    """A frozen teacher, its calibrated 3-bit student, and a batch, for 8 x 8 inputs."""
+    from networks import residual
+
+    import zsq_fast as zsq
+    from zsq_fast.methods.synthesis import Batch
+
+    teacher = residual().to(device).requires_grad_(False)
+    student = zsq.convert(teacher, 3, 3, ema="plain", input_size=(3, 8, 8)).eval().requires_grad_(True)
+    x = torch.randn(8, 3, 8, 8, device=device)
+    with zsq.nn.calibrating(student), torch.no_grad():
+        student(x)
+    zsq.nn.freeze_ranges(student)
+    return teacher, student, Batch(x, torch.arange(8, device=device) % 4)

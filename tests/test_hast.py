@@ -40,18 +40,6 @@ def train(name="hast", *more, **options):
     return Trainer(residual(), recipe(name, *more), input_size=SIZE, **options).run()
 
 
-@pytest.fixture
-def pair(device) -> tuple[nn.Module, nn.Module, Batch]:
-    """A frozen teacher, its calibrated 3-bit student, and a batch."""
-    teacher = residual().to(device).requires_grad_(False)
-    student = zsq.convert(teacher, 3, 3, ema="plain", input_size=SIZE).eval().requires_grad_(True)
-    x = torch.randn(8, *SIZE, device=device)
-    with zsq.nn.calibrating(student), torch.no_grad():
-        student(x)
-    zsq.nn.freeze_ranges(student)
-    return teacher, student, Batch(x, torch.arange(8, device=device) % 4)
-
-
 def gradients(student: nn.Module) -> list[Tensor]:
     found = [p.grad.clone() for p in student.parameters()]
     student.zero_grad(set_to_none=True)
