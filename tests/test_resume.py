@@ -101,6 +101,7 @@ def test_killed_twice_with_a_damaged_checkpoint(capsys, tiny, tmp_path):
     assert {name: accuracy[name]["top1"] for name in accuracy} == {
         "float": result["top1"]["float"],
         "quantized": result["top1"]["last"],
+        "chosen": result["top1"]["chosen"],
     }
 
 
