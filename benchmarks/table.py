@@ -144,7 +144,7 @@ def _times(ratio: float | None) -> str:
 
 
 def kernels() -> str:
-    path, record = _load("kernels_*_hot_default.json")[0]
+    path, record = _load("kernels_*_hot_mapped.json")[0]
     kept_path, kept = _load("kernels_*_hot_kept.json")[0]
     machine = record["environment"]
     lines = [
@@ -232,7 +232,7 @@ def draw(path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    _, record = _load("kernels_*_hot_default.json")[0]
+    _, record = _load("kernels_*_hot_mapped.json")[0]
     _, kept = _load("kernels_*_hot_kept.json")[0]
     cases, same = ([case for case in r["cases"] if case["gates"]][::-1] for r in (record, kept))
     figure, axes = plt.subplots(figsize=(9, 0.62 * len(cases) + 1.4), layout="constrained")
