@@ -5,6 +5,7 @@ VENV ?= .venv
 TORCH ?= torch torchvision
 DEMO_ARGS ?=
 TEST_ARGS ?=
+TEST_WORKERS ?= 2
 BENCH_ARGS ?=
 GPU_ARGS ?=
 
@@ -24,7 +25,7 @@ demo: $(VENV)/.installed
 	$(BIN)/zsq-fast demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed
-	ZSQ_REQUIRE_KERNELS=$(EXPECTED) $(BIN)/pytest $(TEST_ARGS)
+	ZSQ_REQUIRE_KERNELS=$(EXPECTED) $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 env: $(VENV)/.installed
 	$(BIN)/zsq-fast env

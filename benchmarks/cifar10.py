@@ -27,8 +27,8 @@ from zsq_fast.errors import TrainingError
 from zsq_fast.methods import Progress, Result, run_together
 from zsq_fast.models import load_model
 
-# HAST's ablations at W3A3: tables of its supplement as `zsq_fast.papers` has them, and sweeps like those of its figure 1, each the
-# overrides of its students.
+# HAST's ablations at W3A3: tables of its supplement as `zsq_fast.papers` has them, sweeps like those of its figure 1, and what other
+# papers would add to it, each the overrides of its students.
 TABLES = ("direction", "weights", "alignment")
 SWEEPS = {
     "direct_lambda": [("student.feature_weight", v, "student.alignment=direct") for v in (1, 10, 100, 1000)],  # not published
@@ -37,6 +37,17 @@ SWEEPS = {
     "lambda": [("student.feature_weight", v) for v in (0, 100, 500, 1000, 2000, 4000)],
     "gamma": [("images.hard_gamma", v) for v in (0, 0.5, 1, 2)],
 }  # fmt: skip
+ADDITIONS = {
+    "none": [],
+    "AIT's inundation": ["inundation.enabled=true", "student.weight_decay=0"],
+    "SQuant's rounding as the start": ["quant.start=squant"],
+    "SynQ's low-pass filter": ["student.low_pass=8"],
+    "SynQ's activation maps": ["student.cam_weight=50"],
+    "SynQ's gated cross entropy": ["student.ce_weight=0.5", "student.ce_gate=0.7"],
+    "PLF's two labels": ["student.ce_weight=0.5", "student.pseudo_label=plf", "student.pseudo_threshold=[0.5,0.2]"],
+    "cross entropy": ["student.ce_weight=0.5"],
+    "learned ranges": ["quant.ranges=learned"],
+}
 
 
 def ablation(name: str) -> dict[str, tuple[list[str], float | None]]:
@@ -45,6 +56,8 @@ def ablation(name: str) -> dict[str, tuple[list[str], float | None]]:
         rows = papers.rows(f"hast/{name}").values()
         found = [r for r in rows if r.id.endswith("-cifar10-w3a3")]
         return {r.id.split("/")[2].removesuffix("-cifar10-w3a3"): (list(r.overrides), r.top1) for r in found}
+    if name == "additions":
+        return {label: (overrides, None) for label, overrides in ADDITIONS.items()}
     return {str(v): ([f"{option}={v}", *more], None) for option, v, *more in SWEEPS[name]}
 
 
@@ -61,7 +74,8 @@ class Job:
         self.trainers: list[zsq.Trainer] = []
         self.environment = record.environment()
 
-    def add(self, recipe: str, bits: int, overrides: Sequence[str] = (), label: str = "") -> None:
+    def add(self, recipe: str, bits: int, overrides: Sequence[str] = (), label: str = "") -> zsq.Trainer:
+        """The trainer of the resolved recipe, one for all who ask for the same."""
         resolved = zsq.load_recipe(
             recipe,
             input_size=(3, 32, 32),
@@ -70,6 +84,9 @@ class Job:
             weight_bits=bits,
             act_bits=bits,
         )
+        for trainer in self.trainers:
+            if trainer.recipe == resolved:
+                return trainer
         first = self.trainers[0] if self.trainers else None
         self.trainers.append(
             zsq.Trainer(
@@ -84,6 +101,7 @@ class Job:
                 image_dir=self.args.images,
             )
         )
+        return self.trainers[-1]
 
     def measure(self, name: str) -> Callable[[torch.nn.Module], float]:
         def top1(network: torch.nn.Module) -> float:
@@ -141,11 +159,11 @@ def train_ablations(job: Job) -> None:
     args, owners = job.args, []
     for name in args.ablation:
         for value, (overrides, published) in ablation(name).items():
-            job.add("hast", 3, overrides, f"{name} {value}")
-            owners.append((name, value, published))
+            owners.append((name, value, published, job.add("hast", 3, overrides, f"{name} {value}")))
     outcomes: dict[str, dict[str, Any]] = {}
-    for (name, value, published), (trainer, result) in zip(owners, job.run(), strict=True):
-        outcomes.setdefault(name, {})[value] = outcome = job.outcome(trainer, result)
+    results = {id(trainer): result for trainer, result in job.run()}
+    for name, value, published, trainer in owners:
+        outcomes.setdefault(name, {})[value] = outcome = job.outcome(trainer, results[id(trainer)])
         outcome |= {} if published is None else {"published": published}
         outcome.pop("summary", None)
         print(f"{name} {value}: {outcome.get('results', outcome.get('error'))}", flush=True)
@@ -161,7 +179,10 @@ def main() -> None:
     ap.add_argument("--recipes", nargs="+", default=["kl_only", "gdfq", "ait"])
     ap.add_argument("--bits", nargs="+", type=int, default=[4, 3])
     ap.add_argument(
-        "--ablation", nargs="+", choices=[*TABLES, *SWEEPS], help="HAST's ablations at W3A3 instead of recipes"
+        "--ablation",
+        nargs="+",
+        choices=[*TABLES, *SWEEPS, "additions"],
+        help="HAST's ablations at W3A3 instead of recipes",
     )
     ap.add_argument("--schedule", default="short")
     ap.add_argument("--set", nargs="+", default=[], dest="overrides")

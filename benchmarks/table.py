@@ -149,7 +149,8 @@ def kernels() -> str:
     machine = record["environment"]
     lines = [
         f"Kernels on {machine['threads']} cores ({machine['cpu_isa']}): how many times as fast as what else computes the same, fastest of "
-        f"{record['rounds']} or more interleaved rounds. In brackets: the others' memory kept between calls too, as ours always is "
+        f"{record['rounds']} or more interleaved rounds, the others' large arrays mapped afresh at every call. In brackets: their memory "
+        "kept between calls too, as ours always is "
         f"([record](benchmarks/results/{path.name}), [second](benchmarks/results/{kept_path.name}), [more](docs/performance.md)):",
         "",
         f"| | kernel | {' | '.join(OTHERS.values())} |",

@@ -12,6 +12,12 @@ import torch
 from cuda_host import toolkit
 from cuda_host.bindings import Kernels
 
+# Processes of `pytest -n` share the cores: threads of OpenMP that wait for each other's core cost more than they bring.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+    torch.set_num_threads(share)
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 

@@ -16,7 +16,7 @@ from benchmarks.__main__ import below_gate, measure, row
 from benchmarks.cases import Case
 
 
-@pytest.mark.parametrize("name", [*cifar10.TABLES, *cifar10.SWEEPS])
+@pytest.mark.parametrize("name", [*cifar10.TABLES, *cifar10.SWEEPS, "additions"])
 def test_students_of_an_ablation_differ(name):
     students = cifar10.ablation(name)
     recipes = [
