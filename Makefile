@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 	$(BIN)/zsq-fast demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed
-	ZSQ_REQUIRE_KERNELS=$(EXPECTED) $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+	ZSQ_REQUIRE_KERNELS=$(EXPECTED) $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 env: $(VENV)/.installed
 	$(BIN)/zsq-fast env
