@@ -17,11 +17,24 @@ RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- measured: python -m benchmarks.table --write -->", "<!-- end of measured -->"
 TITLES = {
-    "gdfq": "GDFQ", "autorecon": "AutoReCon", "qimera": "Qimera", "kl_only": "KL-only", "ait": "AIT", "autorecon_ait": "AutoReCon + AIT",
-    "qimera_ait": "Qimera + AIT", "zeroq": "ZeroQ images, fine-tuned", "intraq": "IntraQ", "plf": "PLF", "hast": "HAST",
-    "hast_ait": "HAST + AIT", "hast_squant": "HAST from SQuant's rounding",
+    "rtn": "round to nearest",
+    "gdfq": "GDFQ",
+    "autorecon": "AutoReCon",
+    "qimera": "Qimera",
+    "kl_only": "KL-only",
+    "ait": "AIT",
+    "autorecon_ait": "AutoReCon + AIT",
+    "qimera_ait": "Qimera + AIT",
+    "zeroq": "ZeroQ images, fine-tuned",
+    "zeroq_mixed": "ZeroQ, mixed weight precision",
+    "intraq": "IntraQ",
+    "plf": "PLF",
+    "hast": "HAST",
+    "hast_ait": "HAST + AIT",
+    "hast_squant": "HAST from SQuant's rounding",
+    "hast_lsq": "HAST with learned ranges (another quantizer)",
     "synq": "SynQ",
-}  # fmt: skip
+}
 
 
 def _load(pattern: str) -> list[tuple[Path, dict[str, Any]]]:
@@ -71,7 +84,7 @@ def accuracy() -> str:
     lines.append(
         f"| round to nearest (best of them) | 0 | {rtn[4]:.2f} | {full - rtn[4]:.2f} | {rtn[3]:.2f} | {full - rtn[3]:.2f} |"
     )
-    for name in sorted(four, key=lambda n: three[n][1]["results"]["last"] if n in three else 0):
+    for name in sorted({*four} - {"rtn"}, key=lambda n: three[n][1]["results"]["last"] if n in three else 0):
         steps = _steps(four[name][1])[1]
         lines.append(f"| {TITLES[name]} | {steps:,} | {cells(four[name])} | {cells(three.get(name))} |")
     return "\n".join(lines)
@@ -281,10 +294,36 @@ def demo() -> str:
     return "\n".join(lines)
 
 
+# Of a page in docs/methods/: its recipes.
+METHODS = {
+    "rtn": ["rtn"], "gdfq": ["gdfq"], "qimera": ["qimera", "qimera_ait"], "autorecon": ["autorecon", "autorecon_ait"],
+    "ait": ["kl_only", "ait", "hast_ait"], "zeroq": ["zeroq", "zeroq_mixed"], "intraq": ["intraq"], "hast": ["hast"],
+    "synq": ["synq"], "plf": ["plf"], "squant": ["hast_squant"], "lsq": ["hast_lsq"],
+}  # fmt: skip
+
+
+def method(recipes: list[str]) -> str:
+    """Last epochs of a page's recipes."""
+    found = {(r["recipe"]["name"], bits): r for bits in (4, 3) for _, r in _records(bits)}
+    lines = ["Measured (CIFAR-10 ResNet-20, short schedule, last epoch; [everything](../results.md)):", ""]
+    for name in recipes:
+        told = [
+            f"W{bits}A{bits} {r['results']['last']:.2f} (drop {r['results']['float'] - r['results']['last']:.2f})"
+            for bits in (4, 3)
+            if (r := found.get((name, bits)))
+        ]
+        lines.append(f"- `{name}`: {', '.join(told) or 'not yet'}")
+    return "\n".join(lines)
+
+
 PAGES = {
     ROOT / "README.md": lambda: (accuracy(), demo(), kernels()),
     ROOT / "docs" / "results.md": lambda: (results(), ablations()),
     ROOT / "docs" / "performance.md": lambda: (performance(), resources()),
+    **{
+        ROOT / "docs" / "methods" / f"{page}.md": lambda names=names: (method(names),)
+        for page, names in METHODS.items()
+    },
 }
 
 
