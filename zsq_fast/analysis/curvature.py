@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zsq_fast.analysis.losses import TITLES, BatchLosses, frozen_copy
+from zsq_fast.analysis.losses import TITLES, BatchLosses, frozen_copy, mean_losses
 from zsq_fast.errors import UsageError, nearest
 from zsq_fast.methods.synthesis import derive_seed
 

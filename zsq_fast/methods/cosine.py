@@ -98,7 +98,7 @@ class CosineTracker:
     def __init__(self, student: nn.Module, teacher: nn.Module, spec: recipes.Student, input_size: Sequence[int]):
         every: dict[str, Any] = dict(ce_weight=1.0, kd_weight=1.0, feature_weight=1.0, promoted_weight=0.0)
         every |= dict(clean_weight=1.0, cam_weight=0.0, ce_gate=0.0, pseudo_label="none")
-        names = NAMES
+        names: tuple[str, ...] = NAMES
         try:
             self.step = StudentStep(student, teacher, dataclasses.replace(spec, **every), input_size)
         except UnsupportedModelError:
