@@ -156,7 +156,9 @@ def test_several_batches_are_one(monkeypatch):
     teacher, student, batch = make()
     names = ("3.weight", "8.bias")
     parts = [BatchLosses(teacher, batch.images[a:b], batch.labels[a:b], SPEC, ("ce",)) for a, b in ((0, 2), (2, 6))]
-    torch.testing.assert_close(dense(Hessian(student, parts, "ce", names)), dense(Hessian(student, [batch], "ce", names)))
+    torch.testing.assert_close(
+        dense(Hessian(student, parts, "ce", names)), dense(Hessian(student, [batch], "ce", names))
+    )
 
 
 def test_a_vector_by_parameter():
@@ -213,7 +215,11 @@ def test_the_error_of_a_trace():
     want = float(2 * (a.square().sum() - a.diagonal().square().sum()) / 2000) ** 0.5
     assert found.standard_error == pytest.approx(want, rel=0.1)
     assert abs(found.mean - float(a.trace())) < 4 * want
-    assert found == trace(Operator(lambda v: a @ v, 20, a), probes=2000) != trace(Operator(lambda v: a @ v, 20, a), 2000, 1)
+    assert (
+        found
+        == trace(Operator(lambda v: a @ v, 20, a), probes=2000)
+        != trace(Operator(lambda v: a @ v, 20, a), 2000, 1)
+    )
 
 
 def test_moments_of_a_density():
