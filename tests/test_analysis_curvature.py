@@ -152,7 +152,7 @@ def test_learned_steps_have_a_symmetric_hessian():
     torch.testing.assert_close(found, found.T, rtol=1e-8, atol=1e-12)
 
 
-def test_several_batches_are_one(monkeypatch):
+def test_several_batches_are_one():
     teacher, student, batch = make()
     names = ("3.weight", "8.bias")
     parts = [BatchLosses(teacher, batch.images[a:b], batch.labels[a:b], SPEC, ("ce",)) for a, b in ((0, 2), (2, 6))]
@@ -278,7 +278,7 @@ def test_of_all_losses_and_nothing_is_changed(tmp_path):
 def test_against_pyhessian():
     """Same loss, same student: their power iteration and Hutchinson, with stopping rules and draws of their own."""
     pyhessian = pytest.importorskip("pyhessian", reason="needs PyHessian (pip install pyhessian)")
-    teacher, student, batch = make()
+    _, student, batch = make()
     student.requires_grad_(True)
     theirs = pyhessian.hessian(student, F.cross_entropy, data=(batch.images, batch.labels), cuda=False)
     values, _ = theirs.eigenvalues(maxIter=300, tol=1e-6, top_n=2)

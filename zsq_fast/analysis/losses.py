@@ -37,8 +37,9 @@ class BatchLosses:
     identity: its derivative is 1 and its second derivative 0, so that gradient and Hessian for the weights are those of the loss of a
     network without quantizers, taken at the quantized weights and activations (ait_family.md 8.2, hast_family.md 7.1). Automatic
     differentiation gives both exactly. The fused losses of training would not: they have first derivatives only, and the one of
-    feature alignment loses the second without an error. Hence these are plain PyTorch; values and gradients equal those of training
-    up to rounding (a test compares), learned ranges included (`zsq_fast.nn.twice_differentiable`).
+    feature alignment loses the second without an error. Hence these are plain PyTorch, learned ranges included
+    (`zsq_fast.nn.twice_differentiable`); values and gradients equal those of training up to rounding (a test compares). Logits and
+    attentions are taken to float64 first: at T = 20 the KL is a small difference of large terms.
 
     Args:
         teacher: the float network; run once, not changed.
@@ -79,8 +80,9 @@ class BatchLosses:
             raise UsageError("losses are taken of a student in eval mode, whose ranges do not move: call .eval()")
         with twice_differentiable(student):
             logits, features = self._run(student, self.points if "fa" in names else ())
+        logits = logits.double()
         of: dict[str, Callable[[], Tensor]] = {
-            "ce": lambda: label_ce(logits, self.labels),
+            "ce": lambda: label_ce(logits, self.labels.double() if self.labels.dim() > 1 else self.labels),
             "kl": lambda: self._distillation(logits),
             "fa": lambda: self._alignment(features),
         }
@@ -94,16 +96,16 @@ class BatchLosses:
 
     def _distillation(self, logits: Tensor) -> Tensor:
         t = self.spec.temperature
-        log_q, log_p = F.log_softmax(logits / t, 1), F.log_softmax(self.teacher_logits / t, 1)
+        log_q, log_p = F.log_softmax(logits / t, 1), F.log_softmax(self.teacher_logits.double() / t, 1)
         count = len(logits) if self.spec.kd_reduction == "batchmean" else logits.numel()
         return t**2 * F.kl_div(log_q, log_p, reduction="sum", log_target=True) / count
 
     def _alignment(self, features: Sequence[Tensor]) -> Tensor:
         def normal(x: Tensor) -> Tensor:
             if self.spec.alignment == "direct":
-                return x
+                return x.double()
             squares = x.flatten(2).square()  # [N, C, positions]
-            return F.normalize(squares.mean(2 if self.spec.alignment == "channel" else 1), dim=1)
+            return F.normalize(squares.mean(2 if self.spec.alignment == "channel" else 1).double(), dim=1)
 
         pairs = zip(features, self.teacher_features, strict=True)
         return torch.stack([F.mse_loss(normal(s), normal(t)) for s, t in pairs]).sum()

@@ -56,7 +56,9 @@ class CosineMeter:
             gradients.append(torch.autograd.grad(losses[name], self.parameters, retain_graph=keep, allow_unused=True))
         gram = self.sums.new_zeros(len(self.layers) + 1, len(self.names), len(self.names))
         for row, p, *parts in zip(self._rows, self.parameters, *gradients, strict=True):
-            flat = torch.stack([torch.zeros_like(p) if g is None else g for g in parts]).flatten(1).double()
+            flat = (
+                torch.stack([torch.zeros_like(p) if g is None else g for g in parts]).reshape(len(parts), -1).double()
+            )
             gram[row] += flat @ flat.T
         gram = torch.cat([gram[:-1], gram[:-1].sum(0, keepdim=True), gram.sum(0, keepdim=True)])
         left, right = zip(*combinations(range(len(self.names)), 2), strict=True)
