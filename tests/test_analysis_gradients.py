@@ -83,6 +83,7 @@ def test_the_meter_in_closed_form():
 def test_losses_and_gradients_are_those_of_training(change, ranges):
     """Plain PyTorch against the fused kernels, value and gradient of each loss; learned steps have their scaled gradient."""
     teacher = residual().requires_grad_(False)
+    teacher[4].weight *= 100  # a KL that float32 can tell from 0
     student = zsq.convert(teacher, 3, 3, ema="plain", ranges=ranges, input_size=SIZE).eval().requires_grad_(True)
     x, labels = torch.randn(8, *SIZE), torch.arange(8) % 4
     with zsq.nn.calibrating(student), torch.no_grad():
@@ -92,7 +93,7 @@ def test_losses_and_gradients_are_those_of_training(change, ranges):
     trained = StudentStep(student, teacher, spec, SIZE).losses(zsq.methods.synthesis.Batch(x, labels))
     ours = BatchLosses(teacher, x, labels, spec, ("ce", "fa", "kl")).values(student)
     for name in ("ce", "kl", "fa"):
-        torch.testing.assert_close(ours[name].float(), trained[name], rtol=2e-5, atol=1e-9)
+        torch.testing.assert_close(ours[name].float(), trained[name], rtol=1e-4, atol=1e-9)
         parameters = list(student.parameters())
         grads = [
             torch.autograd.grad(losses[name], parameters, retain_graph=True, allow_unused=True)
