@@ -345,8 +345,9 @@ def draw(result: Curvature, figure: Any) -> None:
     axes, bars = figure.subplots(1, 2, width_ratios=(3, 1))
     for name, found in result.losses.items():
         axes.semilogy(found.density.grid, found.density.density, color=COLOURS[name], lw=1.2, label=TITLES[name])
-        axes.plot(found.top.values, [FLOOR] * len(found.top.values), "|", ms=10, color=COLOURS[name])
-    axes.set_ylim(bottom=FLOOR)
+        foot = [0.03] * len(found.top.values)
+        axes.plot(found.top.values, foot, "|", ms=10, color=COLOURS[name], transform=axes.get_xaxis_transform())
+    axes.set_ylim(FLOOR, 3 * max(max(found.density.density) for found in result.losses.values()))
     axes.set_xlabel("eigenvalue of the Hessian")
     axes.set_ylabel("density")
     axes.legend(fontsize=8)

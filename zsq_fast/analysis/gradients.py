@@ -120,6 +120,7 @@ def draw_history(history: Sequence[Mapping[str, Any]], figure: Any) -> None:
         low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
         axes.fill_between(epochs, low, high, color=colour, alpha=0.2, lw=0)
     axes.axhline(0, color="black", lw=0.8)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("epoch")
     axes.set_ylabel("cosine of the gradients")
     axes.legend(fontsize=8)

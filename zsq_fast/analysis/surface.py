@@ -120,33 +120,31 @@ def surface(
 
 
 def draw(result: Surface, figure: Any) -> None:
-    """One direction: the rise of every loss above the student's, in shares of it and on one axis; two: contours side by side with the
-    same axes and levels, again of the loss over the student's."""
-    relative = {name: _relative(result.losses[name], result.centre[name]) for name in result.losses}
+    """How far each loss lies above that of the student: one direction, curves on one axis; two, contours side by side with the same
+    levels."""
+    rises = {name: _rise(values, result.centre[name]) for name, values in result.losses.items()}
+    titles = {name: f"{TITLES[name]} ({result.centre[name]:.3g} at the student)" for name in rises}
     if len(result.directions) == 1:
         axes = figure.subplots()
-        for name, values in relative.items():
-            label = f"{TITLES[name]} ({result.centre[name]:.3g} at the student)"
-            axes.plot(result.offsets, values, color=COLOURS[name], lw=1.5, label=label)
+        for name, values in rises.items():
+            axes.plot(result.offsets, values, color=COLOURS[name], lw=1.5, label=titles[name])
+        axes.axhline(0, color="black", lw=0.8)
         axes.set_xlabel(result.directions[0])
-        axes.set_ylabel("loss over the student's")
-        axes.set_yscale("log")
+        axes.set_ylabel("loss above the student's")
         axes.legend(fontsize=8)
         return
-    panels = figure.subplots(1, len(relative), sharex=True, sharey=True, squeeze=False)[0]
-    decades = [torch.tensor(values).log10() for values in relative.values()]
-    low, high = (float(f(torch.stack([f(d) for d in decades]))) for f in (torch.min, torch.max))
+    panels = figure.subplots(1, len(rises), sharex=True, sharey=True, squeeze=False)[0]
+    everything = torch.tensor(list(rises.values()))
+    low, high = float(everything.min()), float(everything.max())
     levels = torch.linspace(low, high if high > low else low + 1, 13).tolist()
-    for axes, name, values in zip(panels, relative, decades, strict=True):
-        filled = axes.contourf(result.offsets, result.offsets, values.T.tolist(), levels=levels, cmap="viridis")
+    for axes, name, values in zip(panels, rises, everything, strict=True):
+        filled = axes.contourf(result.offsets, result.offsets, values.T.tolist(), levels=levels)
         axes.plot(0, 0, "+", color="white")
-        axes.set_title(f"{TITLES[name]} ({result.centre[name]:.3g} at the student)", fontsize=9)
+        axes.set_title(titles[name], fontsize=9)
         axes.set_xlabel(result.directions[0])
     panels[0].set_ylabel(result.directions[1])
-    figure.colorbar(filled, ax=list(panels), label="log10 of the loss over the student's")
+    figure.colorbar(filled, ax=list(panels), label="loss above the student's")
 
 
-def _relative(values: Any, centre: float) -> Any:
-    if isinstance(values, list):
-        return [_relative(value, centre) for value in values]
-    return max(values, 1e-12) / max(centre, 1e-12)
+def _rise(values: Any, centre: float) -> Any:
+    return [_rise(value, centre) for value in values] if isinstance(values, list) else values - centre
