@@ -17,7 +17,7 @@ import zsq_fast as zsq
 from zsq_fast import reference
 from zsq_fast.analysis.curvature import Hessian, Operator, curvature, density, draw, top_eigenvalues, trace
 from zsq_fast.analysis.losses import BatchLosses
-from zsq_fast.errors import UsageError
+from zsq_fast.errors import TrainingError, UsageError
 from zsq_fast.methods.recipe import Student
 
 SIZE, POINTS = (3, 8, 8), ("1", "4")
@@ -304,3 +304,5 @@ def test_refused():
     ):
         with pytest.raises(UsageError, match=words):
             call()
+    with pytest.raises(TrainingError, match="not finite"):
+        density(diagonal([1.0, math.inf]))

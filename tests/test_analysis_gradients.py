@@ -91,6 +91,9 @@ def test_losses_and_gradients_are_those_of_training(change, ranges):
     zsq.nn.freeze_ranges(student)
     spec = dataclasses.replace(ALL, **change)
     trained = StudentStep(student, teacher, spec, SIZE).losses(zsq.methods.synthesis.Batch(x, labels))
+    with zsq.nn.twice_differentiable(student):
+        plain = student(x)
+    assert torch.equal(plain, student(x)) and not any("_learned" in vars(m) for m in student.modules())
     ours = BatchLosses(teacher, x, labels, spec, ("ce", "fa", "kl")).values(student)
     for name in ("ce", "kl", "fa"):
         torch.testing.assert_close(ours[name].float(), trained[name], rtol=1e-4, atol=1e-9)
@@ -130,6 +133,16 @@ def test_over_batches(pair):
     assert found.pairs["fa-kl"].layers[-1] is None is found.pairs["fa-kl"].layers_deviation[-1]
     assert all(-1 <= v <= 1 for v in found.pairs["ce-kl"].layers)
     assert gradient_cosines(student, batches[:1], ("kl", "ce")).pairs["ce-kl"].total_deviation is None
+
+
+def test_soft_labels(pair):
+    """Qimera's: the mean of the cross entropies with two classes."""
+    teacher, student, batch = pair
+    sides = [batch.labels, (batch.labels + 1) % 4]
+    hard = [BatchLosses(teacher, batch.images, side, ALL, ("ce",)).values(student)["ce"] for side in sides]
+    soft = 0.25 * nn.functional.one_hot(sides[0], 4) + 0.75 * nn.functional.one_hot(sides[1], 4)
+    found = BatchLosses(teacher, batch.images, soft, ALL, ("ce",)).values(student)["ce"]
+    torch.testing.assert_close(found, 0.25 * hard[0] + 0.75 * hard[1])
 
 
 def test_losses_that_are_the_same(pair):

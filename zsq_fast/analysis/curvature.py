@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zsq_fast.analysis.losses import TITLES, BatchLosses, frozen_copy, mean_losses
-from zsq_fast.errors import UsageError, nearest
+from zsq_fast.errors import TrainingError, UsageError, nearest
 from zsq_fast.methods.synthesis import derive_seed
 
 COLOURS = {"ce": "#c4371f", "kl": "#0072b2", "fa": "#2a8c4a"}
@@ -162,6 +162,10 @@ def _lanczos(
         for _ in range(2):
             vector = vector - basis[:m].T @ (basis[:m] @ vector)
         rest = float(vector.norm())
+        if not math.isfinite(rest):
+            raise TrainingError(
+                "the Hessian is not finite here: the student has diverged, or float32 is too narrow for it."
+            )
         values, vectors = torch.linalg.eigh(tridiagonal[:m, :m])
         found = _Krylov(values, vectors, rest, basis[:m])
         # What is left is rounding: the space is invariant under the matrix.
