@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zsq_fast.cli.arguments import Parser, add_job_options, bits, seed
+from zsq_fast.cli.arguments import Parser, add_job_options, bits, integer, seed
 
 
 def make_parser() -> Parser:
@@ -16,6 +16,13 @@ def make_parser() -> Parser:
     add("-a", "--act-bits", type=bits, metavar="BITS", help="2 to 8")
     add("--seed", type=seed, default=0, metavar="N")
     add("--out", metavar="DIR", help="run directory (runs/MODEL-RECIPE-wXaY)")
+    add(
+        "--track-cosine",
+        type=integer(0),
+        default=0,
+        metavar="N",
+        help="record the cosines between the gradients of CE, KL and FA at every Nth step (0: at none; 20 costs little)",
+    )
     add_job_options(parser, data="--eval-data", limit="--eval-limit")
     return parser
 
@@ -31,7 +38,7 @@ def run(words: Sequence[str]) -> int:
 
     if arguments.out:
         check_free(arguments.out)  # before minutes are spent on loading
-    job = Job.from_arguments(arguments, model=arguments.model, seed=arguments.seed)
+    job = Job.from_arguments(arguments, model=arguments.model, seed=arguments.seed, track_cosine=arguments.track_cosine)
     job, teacher = load(job)
     size = job.input_size or ()  # load() has filled it in
     recipe = load_recipe(

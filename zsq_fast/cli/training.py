@@ -52,6 +52,7 @@ def make_trainer(job: Job, recipe: Recipe, teacher: nn.Module, *, quiet: bool = 
         seed=job.seed,
         evaluate=None if measure is None else lambda model: measure(model).top1,
         eval_every=job.eval_every,
+        track_cosine=job.track_cosine,
         progress=Progress(quiet=quiet),
         channels_last=job.channels_last,
         force=job.force,

@@ -127,6 +127,11 @@ class StudentStep:
                 loss = loss + promoted.detach()
         return loss.detach(), same.float().mean()
 
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The weighted losses on the clean samples, with their graph, named as in `promote_by`, and "ce"."""
+        with znn.weights_quantized_together(self.student):
+            return self._terms(self._run(self.student, batch.images), self._teacher(batch.images), batch.labels)
+
     def _clean(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Loss and gradient of the clean samples, the direction that makes them harder, and where the classes agree."""
         spec = self.spec

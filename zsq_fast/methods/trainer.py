@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from zsq_fast import nn as znn
 from zsq_fast.errors import Interrupted, TrainingError, UnsupportedModelError, UsageError
 from zsq_fast.methods.batches import ImageBatches
+from zsq_fast.methods.cosine import CosineTracker
 from zsq_fast.methods.held_out import HeldOut, chosen_record
 from zsq_fast.methods.images import ImageSet, cached_images, synthesize_images
 from zsq_fast.methods.meters import Meters
@@ -77,6 +78,8 @@ class Trainer:
         run: directory for metrics and checkpoints (one per epoch); None keeps nothing on disk.
         evaluate: returns top-1 in percent of a network on real data, for reporting only; nothing is chosen by it.
         eval_every: also evaluate after every this many epochs.
+        track_cosine: measure the gradient cosines of the losses at every step whose number this divides
+            (`zsq_fast.methods.cosine`); 0: at none. Their means are in the history, as "cosine". The training stays the same.
         channels_last: memory layout of networks and images; None takes channels_last on the CPU, where convolutions are
             several times faster in it.
         force: go on with batch-norm statistics that look untrained.
@@ -99,6 +102,7 @@ class Trainer:
         run: RunDir | None = None,
         evaluate: Callable[[nn.Module], float] | None = None,
         eval_every: int | None = None,
+        track_cosine: int = 0,
         progress: Progress | None = None,
         channels_last: bool | None = None,
         force: bool = False,
@@ -107,6 +111,8 @@ class Trainer:
     ):
         if len(input_size) != 3 or min(input_size) < 1:
             raise UsageError(f"input_size must be (channels, height, width), got {tuple(input_size)}")
+        if track_cosine < 0:
+            raise UsageError(f"track_cosine must be a number of steps of at least 0, got {track_cosine}")
         self.recipe, self.input_size, self.seed, self.run_dir = recipe, tuple(input_size), seed, run
         self.evaluate, self.eval_every, self.progress = evaluate, eval_every, progress or Progress(quiet=True)
         if look_untrained(znn.usable_batch_norms(teacher)) and not force:
@@ -154,6 +160,9 @@ class Trainer:
         self.image_dir = image_dir
         self.batches: ImageBatches | None = None  # there once the run has begun
         self.losses = StudentStep(self.student, self.synthesis.teacher, recipe.student, input_size)
+        self.track_cosine, self.cosines = track_cosine, None
+        if track_cosine and recipe.student.enabled:
+            self.cosines = CosineTracker(self.student, self.synthesis.teacher, recipe.student, input_size)
         self._build_optimizers()
         self.meters = Meters(device, len(self.inundated))
         self.state = State()
@@ -249,6 +258,8 @@ class Trainer:
             with torch.no_grad(), znn.calibrating(self.student):
                 self.student(batch.images)
         if self.recipe.student.enabled and epoch >= schedule.warmup_epochs:
+            if self.cosines is not None and self.state.step % self.track_cosine == 0:
+                self.cosines.observe(batch)
             self._student_step(batch)
         self.state.step += 1
         self.progress.advance(epoch=f"{epoch + 1}/{schedule.epochs}")
@@ -290,6 +301,9 @@ class Trainer:
         schedule, done = self.recipe.schedule, epoch + 1
         record: dict[str, Any] = {"epoch": epoch, "step": self.state.step, "lr_factor": schedule.factor(epoch)}
         record.update(self.meters.read(self.inundated))
+        if self.cosines is not None and (cosines := self.cosines.meter.read()):
+            record["cosine"] = cosines
+            self.cosines.meter.reset()
         if schedule.held_out and self.recipe.student.enabled and done >= schedule.warmup_epochs:
             held_out = self._held_out()
             if done > schedule.warmup_epochs:
@@ -396,6 +410,8 @@ class Trainer:
             groups["held_out"] = self.synthesis.held_out.tensors()
         if self._chosen is not None:
             groups["chosen"] = self._chosen
+        if self.cosines is not None:
+            groups["cosines"] = {"sums": self.cosines.meter.sums}
         state = {
             "seconds": self.state.seconds,
             "synthesis_seconds": self.synthesis.seconds,
@@ -418,6 +434,8 @@ class Trainer:
         if "held_out" in groups:
             self.synthesis.held_out = HeldOut(self.synthesis, self.recipe.schedule.held_out, groups["held_out"])
         self._chosen = groups.get("chosen")
+        if self.cosines is not None and "cosines" in groups:
+            self.cosines.meter.sums.copy_(groups["cosines"]["sums"])
         self.synthesis.seconds = state["synthesis_seconds"]
         self.state = State(step, state["seconds"], state["evaluations"], state["history"])
         return step

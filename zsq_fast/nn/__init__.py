@@ -13,7 +13,14 @@ from zsq_fast.nn.conversion import (
     summarize,
 )
 from zsq_fast.nn.features import FeatureTap, class_map_layers, feature_points
-from zsq_fast.nn.layers import QuantAct, QuantConv2d, QuantLinear, forward_weight, weights_quantized_together
+from zsq_fast.nn.layers import (
+    QuantAct,
+    QuantConv2d,
+    QuantLinear,
+    forward_weight,
+    twice_differentiable,
+    weights_quantized_together,
+)
 from zsq_fast.nn.rounding import balanced_codes, balanced_rounding_
 from zsq_fast.nn.taps import BNStatsTap, usable_batch_norms
 
@@ -38,6 +45,7 @@ __all__ = [
     "learned_steps",
     "quantized_weights",
     "summarize",
+    "twice_differentiable",
     "usable_batch_norms",
     "weights_quantized_together",
 ]

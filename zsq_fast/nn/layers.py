@@ -6,6 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,6 +164,37 @@ def weights_quantized_together(model: nn.Module) -> Iterator[None]:
         for layers in groups.values():
             for layer in layers:
                 layer.__dict__.pop(_READY, None)
+
+
+@contextmanager
+def twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """Within: forward passes whose graph can be differentiated any number of times.
+
+    The quantizers over minimum and maximum always can: their estimator is the identity. Learned steps, whose fused backward pass has
+    no derivative, are computed in plain PyTorch, with LSQ's values bit for bit and its first derivatives; the estimator is linear in
+    x and s (between the end codes `x + (round(x / s) - x / s) s`, the bracket a constant, outside `code s`), so it has no second ones.
+    """
+    learning = [m for m in model.modules() if isinstance(m, _Ranged) and m.learns]
+    try:
+        for module in learning:
+            module.__dict__["_learned"] = partial(_plain_learned, module)
+        yield
+    finally:
+        for module in learning:
+            del module.__dict__["_learned"]
+
+
+def _plain_learned(module: _Ranged, x: Tensor, codes: tuple[int, int], sharing: int) -> Tensor:
+    """`_Ranged._learned` by operations that PyTorch can differentiate twice."""
+    assert module.step is not None
+    step = module.step.view([-1] + [1] * (x.dim() - 1)) if module.step.numel() > 1 else module.step
+    position = (x / step).detach()
+    inside = (position >= codes[0]) & (position <= codes[1])
+    slope = (
+        torch.where(inside, position.round() - position, position.clamp(*codes)) * (max(sharing, 1) * codes[1]) ** -0.5
+    )
+    linear = torch.where(inside, x, 0.0) + slope * step  # for its derivatives alone
+    return (position.round().clamp(*codes) * step).detach() + (linear - linear.detach())
 
 
 def _from_float(cls: type[nn.Module], base: type[nn.Module], layer: nn.Module, weight_bits: int, ranges: str) -> Any:

@@ -1,0 +1,126 @@
+"""Gradient cosine similarity of pairs of losses, of a student as it is and over the epochs of a run that tracked it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from zsq_fast.analysis.losses import BatchLosses, frozen_copy
+from zsq_fast.errors import UsageError
+from zsq_fast.methods.cosine import NAMES, CosineMeter
+
+COLOURS = {"ce-kl": "#c4371f", "fa-kl": "#0072b2", "ce-fa": "#e69f00"}
+
+
+@dataclass(frozen=True)
+class PairCosine:
+    """Cosines between the gradients of two losses; None where one of the gradients is 0, or for the deviation of one batch.
+
+    Attributes:
+        per_batch: of all trainable parameters as one vector, batch by batch.
+        total, total_deviation: their mean and sample deviation.
+        weights, weights_deviation: of all quantized weights as one vector.
+        layers, layers_deviation: of each quantized weight, like `GradientCosines.layers`.
+    """
+
+    per_batch: list[float | None]
+    total: float | None
+    total_deviation: float | None
+    weights: float | None
+    weights_deviation: float | None
+    layers: list[float | None]
+    layers_deviation: list[float | None]
+
+
+@dataclass(frozen=True)
+class GradientCosines:
+    """Per pair "a-b" of losses its cosines; `layers` names the quantized layers."""
+
+    layers: list[str]
+    pairs: dict[str, PairCosine]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def gradient_cosines(
+    student: nn.Module, batches: Sequence[BatchLosses], names: Sequence[str] = ("ce", "fa", "kl")
+) -> GradientCosines:
+    """`cos = <grad A, grad B> / (|grad A| |grad B|)` on every batch, for every pair of the named losses.
+
+    What the slides of AIT and figure 2a of HAST's supplement show (ait_family.md 8.1, hast_family.md 7.2). Costs a forward pass and
+    one backward pass per loss and batch. The student is not changed.
+
+    Raises:
+        UsageError: no batch, fewer than two losses, or one that the batches were not made for.
+    """
+    ordered = [name for name in NAMES if name in names]
+    if not batches or len(ordered) < 2:
+        raise UsageError("gradient cosines need a batch and two losses at least")
+    network = frozen_copy(student)
+    meter, seen = CosineMeter(network, ordered), []
+    for batch in batches:
+        missing = [name for name in ordered if name not in batch.names]
+        if missing:
+            raise UsageError(f"the batches were made without the loss '{missing[0]}' ({', '.join(batch.names)})")
+        seen.append(meter.add(batch.values(network, ordered))[:, -1].tolist())
+    found = meter.read()
+    empty = dict.fromkeys(("total", "total_deviation", "weights", "weights_deviation"), None)
+    nothing = [None] * len(meter.layers)
+    pairs = {}
+    for pair, per_batch in zip(meter.pairs, zip(*seen, strict=True), strict=True):
+        numbers = {**empty, "layers": nothing, "layers_deviation": nothing, **found.get(pair, {})}
+        numbers.pop("batches", None)
+        pairs[pair] = PairCosine([v if v == v else None for v in per_batch], **numbers)
+    return GradientCosines(list(meter.layers), pairs)
+
+
+def draw(result: GradientCosines, figure: Any) -> None:
+    """Per layer, with the deviation over the batches; the cosine of all parameters is a dashed line."""
+    axes = figure.subplots()
+    for pair, found in result.pairs.items():
+        places = [(i, v) for i, v in enumerate(found.layers) if v is not None]
+        spread = [found.layers_deviation[i] or 0.0 for i, _ in places]
+        label = pair.upper() + ("" if found.total is None else f" ({found.total:+.3f} in all)")
+        at, values = [i for i, _ in places], [v for _, v in places]
+        axes.errorbar(at, values, spread, fmt="o-", ms=3, lw=1, capsize=2, color=COLOURS[pair], label=label)
+        if found.total is not None:
+            axes.axhline(found.total, color=COLOURS[pair], lw=1, ls="--")
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set_xticks(range(len(result.layers)), result.layers, rotation=90, fontsize=7)
+    axes.set_ylim(-1.05, 1.05)
+    axes.set_ylabel("cosine of the gradients")
+    axes.legend(fontsize=8)
+
+
+def draw_history(history: Sequence[Mapping[str, Any]], figure: Any) -> None:
+    """Curves of a tracked run (`Trainer.track_cosine`): mean of each epoch and its deviation over the steps measured.
+
+    Args:
+        history: records of the epochs, from `Result.history` or metrics.jsonl.
+
+    Raises:
+        UsageError: none of them holds cosines.
+    """
+    tracked = [record for record in history if record.get("cosine")]
+    if not tracked:
+        raise UsageError("the run recorded no gradient cosines; train it with --track-cosine N (Trainer: track_cosine)")
+    axes = figure.subplots()
+    for pair, colour in COLOURS.items():
+        points = [(r["epoch"] + 1, r["cosine"][pair]) for r in tracked if pair in r["cosine"]]
+        points = [(epoch, found) for epoch, found in points if found["total"] is not None]
+        if not points:
+            continue
+        epochs, mean = [epoch for epoch, _ in points], [found["total"] for _, found in points]
+        spread = [found["total_deviation"] or 0.0 for _, found in points]
+        axes.plot(epochs, mean, color=colour, lw=1.5, label=pair.upper())
+        low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
+        axes.fill_between(epochs, low, high, color=colour, alpha=0.2, lw=0)
+    axes.axhline(0, color="black", lw=0.8)
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("cosine of the gradients")
+    axes.legend(fontsize=8)

@@ -1,0 +1,150 @@
+"""The loss around a student, along one or two directions in the space of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zsq_fast.analysis.losses import TITLES, BatchLosses, frozen_copy, mean_losses
+from zsq_fast.errors import UsageError
+from zsq_fast.methods.synthesis import derive_seed
+
+COLOURS = {"ce": "#c4371f", "kl": "#0072b2", "fa": "#2a8c4a"}
+Direction = Mapping[str, Tensor]  # by parameter name; a parameter that is missing stays where it is
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Losses on a grid.
+
+    Attributes:
+        directions: what the axes are, one or two texts.
+        offsets: the grid along every axis, in lengths of the direction, 0 in the middle.
+        losses: per loss, without the recipe's factor, `[points]` or `[points][points]`; the first direction is the outer index.
+        centre: the losses of the student itself.
+    """
+
+    directions: list[str]
+    offsets: list[float]
+    losses: dict[str, list[Any]]
+    centre: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def filter_normalised(student: nn.Module, seed: int = 0, number: int = 0) -> dict[str, Tensor]:
+    """A random direction whose every filter is as long as the student's: `d_ij <- d_ij / |d_ij| * |theta_ij|`, d normal.
+
+    A filter is an output channel of a convolution or a row of a linear layer; parameters of one dimension (biases, batch norms) and
+    learned ranges stay where they are. Without this, flatness would depend on the scale of the weights, which batch norm makes
+    arbitrary. Source: Li et al., "Visualizing the loss landscape of neural nets" (NeurIPS 2018), section 4.
+
+    Args:
+        number: of the direction; two of them are nearly orthogonal, as random vectors are.
+    """
+    rng = torch.Generator().manual_seed(derive_seed(seed, "surface", number))
+    direction = {}
+    for name, parameter in student.named_parameters():
+        if parameter.dim() > 1:
+            rows = parameter.detach().flatten(1)
+            drawn = torch.randn(rows.shape, generator=rng).to(rows)
+            unit = drawn / drawn.norm(dim=1, keepdim=True)
+            direction[name] = (unit * rows.norm(dim=1, keepdim=True)).view(parameter.shape)
+    return direction
+
+
+def surface(
+    student: nn.Module,
+    batches: Sequence[BatchLosses],
+    directions: Sequence[Direction],
+    names: Sequence[str] = ("ce", "kl"),
+    *,
+    span: float = 1.0,
+    points: int = 21,
+    titles: Sequence[str] = ("first direction", "second direction"),
+) -> Surface:
+    """`L(theta + a d1 + b d2)` for a, b from -span to span (ait_family.md 8.3); all losses from the same forward passes.
+
+    The weights are quantized at every point, over ranges that follow them, while the activation ranges stay: this is the loss of the
+    quantized network, steps of rounding included. A copy is moved, so the student keeps every bit, and each point is computed from the
+    original weights, so no rounding adds up. Costs `points` or `points^2` forward passes per batch.
+
+    Args:
+        directions: one or two; `filter_normalised`, or eigenvectors (`Hessian.split(top.vectors[i])`).
+        points: per axis, odd.
+        span: in lengths of the directions: 1 is as far as the weights are long for normalised ones; an eigenvector has length 1.
+
+    Raises:
+        UsageError: no batch, an even number of points, no or too many directions, or one that does not fit the student.
+    """
+    if not batches or points < 3 or points % 2 == 0 or not 1 <= len(directions) <= 2 or not span > 0:
+        raise UsageError(
+            "a surface needs a batch, one or two directions, a positive span and an odd number of points of at least 3; got "
+            f"{len(batches)} batches, {len(directions)} directions, span {span:g} and {points} points"
+        )
+    network = frozen_copy(student)
+    moved = dict(network.named_parameters())
+    for direction in directions:
+        for name, part in direction.items():
+            if name not in moved or moved[name].shape != part.shape:
+                raise UsageError(
+                    f"the direction holds '{name}' {list(part.shape)}, which is no parameter of the student"
+                )
+    origin = {name: p.detach().clone() for name, p in moved.items()}
+    half = points // 2
+    offsets = [span * (i - half) / half for i in range(points)]
+
+    def at(*steps: float) -> dict[str, float]:
+        with torch.no_grad():
+            for name, p in moved.items():
+                p.copy_(origin[name])
+                for step, direction in zip(steps, directions, strict=True):
+                    if step and name in direction:
+                        p.add_(direction[name].to(p), alpha=step)
+        return mean_losses(network, batches, names)
+
+    if len(directions) == 1:
+        row = [at(a) for a in offsets]
+        losses: dict[str, list[Any]] = {name: [found[name] for found in row] for name in names}
+        centre = row[half]
+    else:
+        rows = [[at(a, b) for b in offsets] for a in offsets]
+        losses = {name: [[found[name] for found in row] for row in rows] for name in names}
+        centre = rows[half][half]
+    return Surface(list(titles[: len(directions)]), offsets, losses, centre)
+
+
+def draw(result: Surface, figure: Any) -> None:
+    """How far each loss lies above that of the student: one direction, curves on one axis; two, contours side by side with the same
+    levels."""
+    rises = {name: _rise(values, result.centre[name]) for name, values in result.losses.items()}
+    titles = {name: f"{TITLES[name]} ({result.centre[name]:.3g} at the student)" for name in rises}
+    if len(result.directions) == 1:
+        axes = figure.subplots()
+        for name, values in rises.items():
+            axes.plot(result.offsets, values, color=COLOURS[name], lw=1.5, label=titles[name])
+        axes.axhline(0, color="black", lw=0.8)
+        axes.set_xlabel(result.directions[0])
+        axes.set_ylabel("loss above the student's")
+        axes.legend(fontsize=8)
+        return
+    panels = figure.subplots(1, len(rises), sharex=True, sharey=True, squeeze=False)[0]
+    everything = torch.tensor(list(rises.values()))
+    low, high = float(everything.min()), float(everything.max())
+    levels = torch.linspace(low, high if high > low else low + 1, 13).tolist()
+    for axes, name, values in zip(panels, rises, everything, strict=True):
+        filled = axes.contourf(result.offsets, result.offsets, values.T.tolist(), levels=levels)
+        axes.plot(0, 0, "+", color="white")
+        axes.set_title(titles[name], fontsize=9)
+        axes.set_xlabel(result.directions[0])
+    panels[0].set_ylabel(result.directions[1])
+    figure.colorbar(filled, ax=list(panels), label="loss above the student's")
+
+
+def _rise(values: Any, centre: float) -> Any:
+    return [_rise(value, centre) for value in values] if isinstance(values, list) else values - centre
