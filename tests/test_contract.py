@@ -29,6 +29,7 @@ ALLOWED = {
     "runs": {"errors"},
     "papers": {"errors"},
     "methods": {"nn", "optim", "losses", "ops", "runs", "errors"},
+    "analysis": {"methods", "nn", "losses", "ops", "runs", "errors"},
 }
 
 

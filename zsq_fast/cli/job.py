@@ -45,6 +45,7 @@ class Job:
     eval_data: str | None = None
     eval_limit: int | None = None
     eval_every: int | None = None
+    track_updates: bool = False
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace, **more: Any) -> Job:

@@ -16,6 +16,7 @@ def make_parser() -> Parser:
     add("-a", "--act-bits", type=bits, metavar="BITS", help="2 to 8")
     add("--seed", type=seed, default=0, metavar="N")
     add("--out", metavar="DIR", help="run directory (runs/MODEL-RECIPE-wXaY)")
+    add("--track-updates", action="store_true", help="record per epoch and layer which integer weights changed")
     add_job_options(parser, data="--eval-data", limit="--eval-limit")
     return parser
 
@@ -31,7 +32,9 @@ def run(words: Sequence[str]) -> int:
 
     if arguments.out:
         check_free(arguments.out)  # before minutes are spent on loading
-    job = Job.from_arguments(arguments, model=arguments.model, seed=arguments.seed)
+    job = Job.from_arguments(
+        arguments, model=arguments.model, seed=arguments.seed, track_updates=arguments.track_updates
+    )
     job, teacher = load(job)
     size = job.input_size or ()  # load() has filled it in
     recipe = load_recipe(
