@@ -200,35 +200,31 @@ def _with_one(teacher: nn.Module, name: str, act: QuantAct) -> nn.Module:
 
 
 def draw(result: Layers, figure: Any) -> None:
-    """SQNR, share outside the range, unused codes and divergence of each layer, weights beside activations; histograms below."""
-    kinds = ("weight", "activation")
+    """SQNR, unused codes and divergence of each layer, its values per code, and the share outside the range; weights on the left."""
     figure.set_size_inches(12, 13)
-    panels = figure.subplots(5, 2, gridspec_kw={"hspace": 0.35, "wspace": 0.18})
-    for column, kind in enumerate(kinds):
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(5, 2, sharex="col")
+    for column, kind in enumerate(("weight", "activation")):
         layers = [layer for layer in result.layers if layer.kind == kind]
-        at = range(len(layers))
-        rows = (
-            ("SQNR, dB", [layer.sqnr_db if math.isfinite(layer.sqnr_db) else math.nan for layer in layers]),
-            ("outside the range, %", [100 * layer.saturated for layer in layers]),
-            ("unused codes, %", [100 * layer.dead_codes / 2**layer.bits for layer in layers]),
-            ("KL, this layer alone", [layer.divergence for layer in layers]),
-        )
-        for axes, (text, values) in zip(panels[:4, column], rows, strict=True):
-            axes.bar(at, values, color=("#0072b2", "#d55e00")[column])
+        rows = {
+            "SQNR, dB": [layer.sqnr_db if math.isfinite(layer.sqnr_db) else math.nan for layer in layers],
+            "unused codes, %": [100 * layer.dead_codes / 2**layer.bits for layer in layers],
+            "KL, this layer alone": [layer.divergence for layer in layers],
+            "outside the range, %": [100 * layer.saturated for layer in layers],
+        }
+        for axes, (text, values) in zip(panels[:4, column], rows.items(), strict=True):
+            axes.bar(range(len(layers)), values, color=("#0072b2", "#d55e00")[column])
             axes.set_ylabel(text)
-            axes.set_xticks(at, [""] * len(layers))
-        panels[0][column].set_title(f"{kind}s, in the order of the network", loc="left")
+            if not any(values):
+                axes.set_ylim(0, 1)
         if any(layer.divergence > 0 for layer in layers):
-            panels[3][column].set_yscale("log")
-        axes = panels[4][column]
-        codes = max((len(layer.histogram) for layer in layers), default=1)
-        shares = [
-            [count / max(1, sum(layer.histogram)) for count in layer.histogram]
-            + [math.nan] * (codes - len(layer.histogram))
-            for layer in layers
-        ]
-        if shares:
-            image = axes.imshow(list(zip(*shares, strict=True)), aspect="auto", origin="lower", cmap="viridis")
-            figure.colorbar(image, ax=axes, label="share of values")
+            panels[2][column].set_yscale("log")
+        axes, codes = panels[4][column], max((len(layer.histogram) for layer in layers), default=0)
+        shares = [[count / max(1, sum(layer.histogram)) for count in layer.histogram] for layer in layers]
+        padded = [row + [math.nan] * (codes - len(row)) for row in shares]
+        if padded:
+            image = axes.imshow(list(zip(*padded, strict=True)), aspect="auto", origin="lower", cmap="viridis")
+            figure.colorbar(image, ax=axes, location="bottom", label="share of values")
         axes.set_ylabel("code")
-        axes.set_xticks(at, [layer.name for layer in layers], rotation=90, fontsize=7)
+        axes.set_xticks(range(len(layers)), [layer.name for layer in layers], rotation=90, fontsize=7)
+        panels[0][column].set_title(f"{kind}s, in the order of the network", loc="left")

@@ -179,26 +179,25 @@ def _weighted(values: Sequence[tuple[float | None, int]]) -> float | None:
 def draw(result: Samples, figure: Any) -> None:
     """Histograms of difficulty, confidence and entropy; difficulty and intra-class distance per class (the first 50 of many)."""
     figure.set_size_inches(12, 6.5)
-    top, bottom = figure.subplots(2, 1, gridspec_kw={"hspace": 0.45})
-    top.set_axis_off()
-    spreads = {
-        "difficulty 1 - p_label": result.difficulty,
-        "teacher's confidence": result.confidence,
-        "teacher's entropy, nats": result.entropy,
+    figure.set_layout_engine("constrained")
+    panels = figure.subplot_mosaic([["difficulty", "confidence", "entropy"], ["classes"] * 3])
+    titles = {
+        "difficulty": "difficulty 1 - p_label",
+        "confidence": "confidence of the teacher",
+        "entropy": "its entropy, nats",
     }
-    for i, (text, spread) in enumerate(spreads.items()):
-        axes = top.inset_axes((0.345 * i, 0, 0.31, 1))
+    for name, text in titles.items():
+        spread, axes = getattr(result, name), panels[name]
         width = spread.top / BINS
         axes.bar([(k + 0.5) * width for k in range(BINS)], spread.counts, width, color="#0072b2")
         axes.axvline(spread.mean, color="#d55e00")
         axes.set_title(f"{text}: mean {spread.mean:.3f}", loc="left", fontsize=10)
-    shown = result.classes[:50]
-    rows = {"difficulty": "difficulty", "to_center": "distance to the class's mean", "pairwise": "distance of two"}
+    shown, axes = result.classes[:50], panels["classes"]
+    rows = {"difficulty": "difficulty", "to_center": "cosine distance to the class's mean", "pairwise": "of two images"}
     for i, (name, text) in enumerate(rows.items()):
-        values = [getattr(c, name) for c in shown]
-        if any(value is not None for value in values):
-            heights = [math.nan if value is None else value for value in values]
-            bottom.bar([c.label + 0.28 * (i - 1) for c in shown], heights, 0.26, label=text)
-    bottom.set_xlabel("class")
-    bottom.legend(frameon=False, ncols=3)
-    figure.suptitle(f"{result.count} {result.source}", x=0.125, ha="left")
+        heights = [math.nan if (value := getattr(c, name)) is None else value for c in shown]
+        axes.bar([c.label + 0.28 * (i - 1) for c in shown], heights, 0.26, label=text)
+    axes.set_xlabel("class")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    figure.suptitle(f"{result.count} {result.source}")

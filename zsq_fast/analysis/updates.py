@@ -81,6 +81,7 @@ def draw(result: Updates, figure: Any) -> None:
 
     kinds = {text: rows for kind, text in KINDS.items() if (rows := getattr(result, kind)) is not None}
     figure.set_size_inches(3 + 5 * len(kinds), 2 + 0.2 * len(result.layers))
+    figure.set_layout_engine("constrained")
     panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
     first, last = result.epochs[0], result.epochs[-1]
     for axes, (text, rows) in zip(panels, kinds.items(), strict=True):
@@ -93,8 +94,8 @@ def draw(result: Updates, figure: Any) -> None:
         image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest", norm=norm, extent=extent)
         axes.set_title(text, loc="left", fontsize=10)
         axes.set_xlabel("epoch")
-        figure.colorbar(image, ax=axes, label="codes changed, %")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.colorbar(image, ax=axes, label="codes changed in an epoch, %")
     panels[0].set_yticks(
         range(len(result.layers)), [name.removesuffix(".weight") for name in result.layers], fontsize=7
     )
-    figure.suptitle("Changed integer weights per epoch")

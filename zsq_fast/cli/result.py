@@ -33,7 +33,8 @@ STAGES = {
 
 def record(job: Job, recipe: Recipe, result: Result, student: Path) -> dict[str, Any]:
     """The content of result.json; accuracies are top-1 percents and absent without test images. `held_out`: what the epoch was
-    chosen by, of that epoch and of the last; `best_on_test` only where every so-manieth epoch was measured; `forecast` of the last epoch, where it is calibrated."""
+    chosen by, of that epoch and of the last; `forecast` of the last epoch, where it is calibrated; `best_on_test` only where every
+    so-manieth epoch was measured."""
     held_out = {
         name: {key: result.history[epoch][f"held_out_{key}"] for key in ("agreement", "kl")}
         for name, epoch in (("chosen", result.chosen_epoch), ("last", -1))
