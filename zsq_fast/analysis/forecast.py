@@ -144,7 +144,7 @@ def _choose(points: Sequence[Point]) -> tuple[str, ...]:
 
     def error(inputs: tuple[str, ...]) -> float:
         total = 0.0
-        for recipe in {p.recipe for p in points}:
+        for recipe in sorted({p.recipe for p in points}):
             weights = _fit([p for p in points if p.recipe != recipe], inputs)
             total += sum((math.asinh(p.drop) - _apply(weights, p, inputs)) ** 2 for p in points if p.recipe == recipe)
         return total

@@ -217,13 +217,18 @@ def draw(result: Layers, figure: Any) -> None:
             axes.set_ylabel(text)
             if not any(values):
                 axes.set_ylim(0, 1)
+        panels[3][column].set_visible(kind == "activation")  # the range of a weight follows it
         if any(layer.divergence > 0 for layer in layers):
             panels[2][column].set_yscale("log")
         axes, codes = panels[4][column], max((len(layer.histogram) for layer in layers), default=0)
-        shares = [[count / max(1, sum(layer.histogram)) for count in layer.histogram] for layer in layers]
+        shares = [
+            [count / sum(layer.histogram) or math.nan for count in layer.histogram] for layer in layers
+        ]  # dead: blank
         padded = [row + [math.nan] * (codes - len(row)) for row in shares]
         if padded:
-            image = axes.imshow(list(zip(*padded, strict=True)), aspect="auto", origin="lower", cmap="viridis")
+            image = axes.imshow(
+                list(zip(*padded, strict=True)), aspect="auto", origin="lower", cmap="viridis", norm="log"
+            )
             figure.colorbar(image, ax=axes, location="bottom", label="share of values")
         axes.set_ylabel("code")
         axes.set_xticks(range(len(layers)), [layer.name for layer in layers], rotation=90, fontsize=7)
