@@ -157,7 +157,11 @@ def test_optimised_images_and_a_run_that_held_none_out(capsys, tiny, tmp_path):
         "student.batch_size=4",
     )
     subject, *_ = load_it(out, count=9)
-    assert subject.trained_on.images.shape == (10, 3, 8, 8) and len(subject.images) == 9
+    assert subject.trained_on.images.shape == (9, 3, 8, 8) and len(subject.images) == 9
+    some = load_it(out, count=3)[0].trained_on
+    assert torch.equal(some.images, subject.trained_on.images[:3]) and torch.equal(
+        some.labels, subject.trained_on.labels[:3]
+    )
     code, printed, err = analyze(capsys, out, "samples", "--no-pictures")
     assert code == 0 and "10 optimised images" in printed, err
     code, _, err = analyze(capsys, out, "updates", "--no-pictures")

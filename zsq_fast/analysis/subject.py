@@ -66,7 +66,7 @@ def load_subject(
     """The subject of a finished run, its images drawn from what the newest checkpoint holds.
 
     They are those that the run held out, or where it held none out (`rtn`, schedule.held_out = 0) are drawn from its generator in
-    the same way; at most `count` of them.
+    the same way; at most `count` of them, and of the optimised images.
 
     Args:
         teacher: the float network of the run, on the device to compute on; it is copied, never changed.
@@ -96,7 +96,7 @@ def load_subject(
         recipe,
         tuple(input_size),
         tuple(ImageSet(x.contiguous(memory_format=layout), y) for x, y in pairs),
-        _trained_on(run, device) if recipe.images.enabled else None,
+        _trained_on(run, device, count) if recipe.images.enabled else None,
         tuple(state["history"]),
         epoch,
         state["evaluations"],
@@ -104,7 +104,9 @@ def load_subject(
     )
 
 
-def _trained_on(run: RunDir, device: torch.device) -> ImageSet | None:
-    files = sorted(run.image_dir.glob("*/batch-*.safetensors"))
-    sets = [load_images(file)[0] for file in files]  # each verifies itself
-    return ImageSet(*(torch.cat(parts).to(device) for parts in zip(*sets, strict=True))) if sets else None
+def _trained_on(run: RunDir, device: torch.device, count: int) -> ImageSet | None:
+    sets: list[ImageSet] = []
+    for file in sorted(run.image_dir.glob("*/batch-*.safetensors")):
+        if sum(len(found.labels) for found in sets) < count:  # a whole set may weigh gigabytes
+            sets.append(load_images(file)[0])  # verifies itself
+    return ImageSet(*(torch.cat(parts)[:count].to(device) for parts in zip(*sets, strict=True))) if sets else None

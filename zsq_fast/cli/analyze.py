@@ -38,7 +38,7 @@ def make_parser() -> Parser:
         type=integer(1),
         default=256,
         metavar="N",
-        help="held-out synthetic images to look at, at most (256)",
+        help="synthetic images to look at, at most (256)",
     )
     add("--batch-size", type=integer(1), default=64, metavar="N")
     add("--fail-above", type=_points, metavar="DROP", help="with forecast: exit 7 when it expects to lose more points")
