@@ -28,7 +28,7 @@ def test_help_names_every_verb(capsys):
     assert call(capsys)[0] == 2
 
 
-@pytest.mark.parametrize("verb", ["quantize", "resume", "evaluate", "reproduce", "recipes", "env"])
+@pytest.mark.parametrize("verb", ["quantize", "resume", "evaluate", "analyze", "reproduce", "recipes", "env"])
 def test_help_of_each_verb(capsys, verb):
     code, out, err = call(capsys, verb, "--help")
     assert (code, err) == (0, "") and f"usage: zsq-fast {verb}" in out
@@ -49,6 +49,7 @@ def test_help_and_typing_errors_do_not_wait_for_torch():
         (["reproduce", "--list", "hast"], 0),
         (["reproduce", "x/y/z"], 2),
         (["evaluate", "x", "--dta", "y"], 2),
+        (["analyze", "x", "--what", "leyers"], 2),
     ):
         command = [sys.executable, "-c", script, *words]
         result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
@@ -116,6 +117,7 @@ def fail_with(monkeypatch, error):
         (errors.UnsupportedModelError("x"), 3, "x"),
         (errors.BadFileError("x"), 4, "x"),
         (errors.TrainingError("x"), 5, "x"),
+        (errors.LimitError("x"), 7, "x"),
         (errors.StorageError("x"), 74, "x"),
         (OSError(errno.ENOSPC, "No space left on device", "/some/file"), 74, "no space left on the disk of /some/file"),
         (MemoryError(), 1, "not enough memory"),

@@ -42,6 +42,12 @@ class MissingKernelsError(ZsqError, NotImplementedError):
     exit_code = 6
 
 
+class LimitError(ZsqError):
+    """A forecast exceeds the limit it was to keep; everything worked."""
+
+    exit_code = 7
+
+
 class StorageError(ZsqError, OSError):
     """The output could not be written (no space, no permission, locked by another run)."""
 

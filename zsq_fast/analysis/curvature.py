@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from zsq_fast.analysis.losses import TITLES, BatchLosses, frozen_copy, mean_losses
+from zsq_fast.analysis.losses import of_subject as losses_of
+from zsq_fast.analysis.subject import Subject
 from zsq_fast.errors import TrainingError, UsageError, nearest
 from zsq_fast.methods.synthesis import derive_seed
 
@@ -314,6 +316,21 @@ class Curvature:
     def to_dict(self) -> dict[str, Any]:
         losses = {name: found.to_dict() for name, found in self.losses.items()}
         return {"images": self.images, "parameters": self.parameters, "losses": losses}
+
+    def __str__(self) -> str:
+        lines = [f"{self.parameters} parameters, {self.images} images; losses without the recipe's factors",
+                 f"{'':<6}{'loss':>10}{'trace':>12}{'+-':>10}  largest eigenvalues"]  # fmt: skip
+        for name, found in self.losses.items():
+            top = " ".join(f"{v:.3g}" for v in found.top.values[:3])
+            lines.append(
+                f"{name:<6}{found.value:>10.4g}{found.trace.mean:>12.4g}{found.trace.standard_error:>10.2g}  {top}"
+            )
+        return "\n".join(lines)
+
+
+def of_subject(subject: Subject) -> Curvature:
+    """On the first batch: every product costs two backward passes over the images."""
+    return curvature(subject.student, *losses_of(subject, 1))
 
 
 def curvature(

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from zsq_fast.analysis.losses import BatchLosses, frozen_copy
+from zsq_fast.analysis.losses import of_subject as losses_of
+from zsq_fast.analysis.subject import Subject
 from zsq_fast.errors import UsageError
 from zsq_fast.methods.cosine import NAMES, CosineMeter
 
@@ -44,6 +46,19 @@ class GradientCosines:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def __str__(self) -> str:
+        def text(value: float | None) -> str:
+            return f"{'':>8}" if value is None else f"{value:>+8.3f}"
+
+        lines = [f"{'':<28}" + "".join(f"{pair.upper():>8}" for pair in self.pairs)]
+        rows = [("all parameters", [p.total for p in self.pairs.values()])]
+        rows += [(name, [p.layers[i] for p in self.pairs.values()]) for i, name in enumerate(self.layers)]
+        return "\n".join([*lines, *(f"{name:<28}" + "".join(map(text, values)) for name, values in rows)])
+
+
+def of_subject(subject: Subject) -> GradientCosines:
+    return gradient_cosines(subject.student, *losses_of(subject))
 
 
 def gradient_cosines(

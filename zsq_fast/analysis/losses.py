@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zsq_fast.errors import UsageError, nearest
+from zsq_fast.analysis.subject import Subject
+from zsq_fast.errors import UnsupportedModelError, UsageError, nearest
 from zsq_fast.methods.cosine import NAMES
 from zsq_fast.methods.recipe import Student
 from zsq_fast.methods.synthesis import label_ce
@@ -120,3 +121,14 @@ def mean_losses(student: nn.Module, batches: Sequence[BatchLosses], names: Seque
             for name, value in batch.values(student, names).items():
                 total[name] += len(batch) / count * float(value)
     return total
+
+
+def of_subject(subject: Subject, batches: int | None = None) -> tuple[list[BatchLosses], tuple[str, ...]]:
+    """The losses on its first `batches` batches, all by default, and their names: "fa" where the network has feature points."""
+    spec = subject.recipe.student
+    names: tuple[str, ...] = ("ce", "kl", "fa")
+    try:
+        spec.feature_points or feature_points(subject.teacher, subject.input_size)
+    except UnsupportedModelError:
+        names = names[:2]
+    return [BatchLosses(subject.teacher, x, y, spec, names) for x, y in subject.batches[:batches]], names

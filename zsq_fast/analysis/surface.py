@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from zsq_fast.analysis.losses import TITLES, BatchLosses, frozen_copy, mean_losses
+from zsq_fast.analysis.losses import of_subject as losses_of
+from zsq_fast.analysis.subject import Subject
 from zsq_fast.errors import UsageError
 from zsq_fast.methods.synthesis import derive_seed
 
@@ -35,6 +37,24 @@ class Surface:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def __str__(self) -> str:
+        def flat(values: list[Any]) -> list[float]:
+            return [v for row in values for v in flat(row)] if isinstance(values[0], list) else values
+
+        lines = [
+            f"{len(self.offsets)} points per axis, to {self.offsets[-1]:g} lengths",
+            f"{'':<6}{'student':>12}{'highest':>12}",
+        ]
+        rows = (f"{name:<6}{self.centre[name]:>12.4g}{max(flat(grid)):>12.4g}" for name, grid in self.losses.items())
+        return "\n".join([*lines, *rows])
+
+
+def of_subject(subject: Subject) -> Surface:
+    """On the first batch, 15 x 15 points along two random filter-normalised directions."""
+    directions = [filter_normalised(subject.student, number=number) for number in range(2)]
+    batches, names = losses_of(subject, 1)
+    return surface(subject.student, batches, directions, names, points=15)
 
 
 def filter_normalised(student: nn.Module, seed: int = 0, number: int = 0) -> dict[str, Tensor]:

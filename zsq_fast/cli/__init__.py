@@ -21,6 +21,10 @@ VERBS = {
     "quantize": ("zsq_fast.cli.quantize", "quantize a network without data"),
     "resume": ("zsq_fast.cli.resume", "continue a run that was stopped"),
     "evaluate": ("zsq_fast.cli.evaluate", "accuracy of a run or a network on real test images"),
+    "analyze": (
+        "zsq_fast.cli.analyze",
+        "look into a finished run: layers, samples, updates, forecast of the accuracy drop",
+    ),
     "reproduce": ("zsq_fast.cli.reproduce", "train a row of a paper's table and set it beside the published number"),
     "recipes": ("zsq_fast.cli.recipes", "list the methods"),
     "demo": ("zsq_fast.cli.demo", "train a small network on handwritten digits, quantize it, print the table"),
@@ -35,7 +39,8 @@ options of every verb:
   --debug     show the traceback of an error
 
 exit codes: 0 done, 1 unexpected error, 2 wrong usage, 3 unsupported network, 4 bad file, 5 training failed,
-            6 no kernels for the device, 74 output not writable or disk full, 130 interrupted (143 by SIGTERM)"""
+            6 no kernels for the device, 7 forecast above the limit, 74 output not writable or disk full,
+            130 interrupted (143 by SIGTERM)"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

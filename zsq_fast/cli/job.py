@@ -46,6 +46,7 @@ class Job:
     eval_limit: int | None = None
     eval_every: int | None = None
     track_cosine: int = 0
+    track_updates: bool = False
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace, **more: Any) -> Job:

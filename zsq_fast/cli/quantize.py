@@ -23,6 +23,7 @@ def make_parser() -> Parser:
         metavar="N",
         help="record the cosines between the gradients of CE, KL and FA at every Nth step (0: at none; 20 costs little)",
     )
+    add("--track-updates", action="store_true", help="record per epoch and layer which integer weights changed")
     add_job_options(parser, data="--eval-data", limit="--eval-limit")
     return parser
 
@@ -38,7 +39,13 @@ def run(words: Sequence[str]) -> int:
 
     if arguments.out:
         check_free(arguments.out)  # before minutes are spent on loading
-    job = Job.from_arguments(arguments, model=arguments.model, seed=arguments.seed, track_cosine=arguments.track_cosine)
+    job = Job.from_arguments(
+        arguments,
+        model=arguments.model,
+        seed=arguments.seed,
+        track_cosine=arguments.track_cosine,
+        track_updates=arguments.track_updates,
+    )
     job, teacher = load(job)
     size = job.input_size or ()  # load() has filled it in
     recipe = load_recipe(

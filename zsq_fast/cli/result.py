@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from zsq_fast.analysis.forecast import outlook
 from zsq_fast.cli.job import Job
-from zsq_fast.errors import BadFileError
+from zsq_fast.errors import BadFileError, UsageError
 from zsq_fast.methods import Recipe, Result, student_like
 from zsq_fast.methods.estimate import Estimate
 from zsq_fast.nn import Summary
@@ -32,12 +33,14 @@ STAGES = {
 
 def record(job: Job, recipe: Recipe, result: Result, student: Path) -> dict[str, Any]:
     """The content of result.json; accuracies are top-1 percents and absent without test images. `held_out`: what the epoch was
-    chosen by, of that epoch and of the last; `best_on_test` only where every so-manieth epoch was measured."""
+    chosen by, of that epoch and of the last; `forecast` of the last epoch, where it is calibrated; `best_on_test` only where every
+    so-manieth epoch was measured."""
     held_out = {
         name: {key: result.history[epoch][f"held_out_{key}"] for key in ("agreement", "kl")}
         for name, epoch in (("chosen", result.chosen_epoch), ("last", -1))
         if result.chosen_epoch is not None and epoch is not None
     }
+    top1 = {name: float(value) for name, value in result.evaluations.items()}
     first = recipe.schedule.warmup_epochs
     measured = [r["top1"] for r in result.history[first:] if r.get("top1") is not None] if job.eval_every else []
     return {
@@ -48,16 +51,30 @@ def record(job: Job, recipe: Recipe, result: Result, student: Path) -> dict[str,
         "seed": job.seed,
         "device": job.device,
         "threads": job.threads,
-        "top1": {name: float(value) for name, value in result.evaluations.items()},
+        "top1": top1,
         "eval_data": job.eval_data,
         "eval_limit": job.eval_limit,
         "best_on_test": max(measured, default=None),
         "chosen_epoch": result.chosen_epoch,
         "held_out": held_out,
+        "forecast": _forecast(recipe, held_out.get("last"), top1),
         "minutes": result.seconds / 60,
         "student": str(student.resolve()),
         **result.summary.to_dict(),
     }
+
+
+def _forecast(recipe: Recipe, held_out: Mapping[str, float] | None, top1: Mapping[str, float]) -> dict[str, Any] | None:
+    """Of the last epoch's accuracy drop; None where nothing was held out or the forecast is not calibrated."""
+    if held_out is None:
+        return None
+    measured = top1["float"] - top1["last"] if "last" in top1 else None
+    bits = (recipe.quant.nominal_weight_bits, float(recipe.quant.act_bits))
+    try:
+        found = outlook(held_out["agreement"], held_out["kl"], bits, measured)
+    except UsageError:
+        return None
+    return {**found.to_dict(), "text": str(found)}
 
 
 def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
@@ -78,6 +95,8 @@ def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     if chosen is not None:
         shares = (f"{100 * result['held_out'][name]['agreement']:.2f} % {name}" for name in ("chosen", "last"))
         print(f"  epoch {chosen + 1} agrees best with the float network on synthetic images: {', '.join(shares)}")
+    if result.get("forecast"):
+        print("\n".join(f"  {line}" for line in result["forecast"]["text"].splitlines()))
     for site in result["left_float"]:
         print(f"  stays float: {site['name'] or 'the model'} ({site['kind']}): {site['why']}")
     print(f"{result['minutes']:.1f} minutes; fake-quantized student: {result['student']}")

@@ -56,6 +56,7 @@ def make_trainer(job: Job, recipe: Recipe, teacher: nn.Module, *, quiet: bool = 
         progress=Progress(quiet=quiet),
         channels_last=job.channels_last,
         force=job.force,
+        track_updates=job.track_updates,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zsq_fast.losses import kd_kl
@@ -15,19 +16,19 @@ from zsq_fast.nn import weights_quantized_together
 
 
 class HeldOut:
-    """Images `[N, C, H, W]` of the generator as it is now and the teacher's logits `[N, classes]` for them.
+    """Images `[N, C, H, W]` of the generator as it is now, their labels (`Batch`) and the teacher's logits `[N, classes]` for them.
 
     Their seed purpose is their own, so no training batch repeats them. The generator is not changed.
 
     Args:
         count: N; the last of the batches of schedule.batch_size, by which the generator normalises, is cut.
-        tensors: take these ("images", "logits") of a checkpoint instead.
+        tensors: take these ("images", "logits" and, unless an older version wrote it, "labels") of a checkpoint instead.
     """
 
     def __init__(self, synthesis: Synthesis, count: int, tensors: Mapping[str, Tensor] | None = None):
         self.batch_size = synthesis.recipe.schedule.batch_size
+        batches = range(-(-count // self.batch_size))
         if tensors is None:
-            batches = range(-(-count // self.batch_size))
             generator = copy.deepcopy(
                 synthesis.generator
             )  # in train mode, so what one batch leaves in it changes no other
@@ -36,6 +37,11 @@ class HeldOut:
             images = tensors["images"]
         # A copy: with one channel `contiguous` may keep either layout, and a resumed run must convolve in the same one.
         self.images = torch.empty(images.shape, device=synthesis.device, memory_format=synthesis.layout).copy_(images)
+        if tensors is not None and "labels" in tensors:
+            self.labels = tensors["labels"].to(synthesis.device)
+        else:
+            drawn = [synthesis.sample("held-out", i).targets(synthesis.num_classes) for i in batches]
+            self.labels = joined_labels(drawn, synthesis.num_classes)[:count]
         if tensors is None:
             with torch.no_grad():
                 self.logits = torch.cat([synthesis.teacher(x) for x in self.images.split(self.batch_size)])
@@ -43,7 +49,7 @@ class HeldOut:
             self.logits = tensors["logits"].to(synthesis.device)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"images": self.images, "logits": self.logits}
+        return {"images": self.images, "logits": self.logits, "labels": self.labels}
 
     @torch.no_grad()
     def measure(self, student: nn.Module) -> dict[str, float]:
@@ -57,6 +63,13 @@ class HeldOut:
                 same += (s.argmax(1) == t.argmax(1)).sum()
                 kl += kd_kl(s, t, 1.0, "batchmean") * len(x)
         return {"held_out_agreement": int(same) / len(self.images), "held_out_kl": float(kl) / len(self.images)}
+
+
+def joined_labels(parts: Sequence[Tensor], num_classes: int) -> Tensor:
+    """Labels of several batches in one tensor: `[N]` int64, or soft `[N, num_classes]` if those of any batch are (Qimera)."""
+    if any(part.dim() == 2 for part in parts):
+        parts = [part if part.dim() == 2 else F.one_hot(part, num_classes).float() for part in parts]
+    return torch.cat(list(parts))
 
 
 def chosen_record(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

@@ -27,6 +27,7 @@ from zsq_fast.methods.search import settle_genotype
 from zsq_fast.methods.state import State, optimizer_tensors, restore_optimizer
 from zsq_fast.methods.steps import StudentStep
 from zsq_fast.methods.synthesis import Batch, Synthesis
+from zsq_fast.methods.updates import NetUpdates, weights_by_bits
 from zsq_fast.nn.layers import SMALLEST_STEP
 from zsq_fast.nn.taps import look_untrained
 from zsq_fast.optim import GISGD
@@ -85,6 +86,8 @@ class Trainer:
         force: go on with batch-norm statistics that look untrained.
         share: take the images of this trainer instead of making the same ones again (see `run_together`).
         image_dir: where optimised images (`recipe.images`) are kept and looked for; None takes the run directory's own place.
+        track_updates: the history also holds `net_update_ratio`: per weight the share of integer codes that differ between the start
+            and the end of the epoch. `update_ratio`, summed over the steps, comes of gradient inundation and is always there.
 
     Raises:
         UnsupportedModelError: nothing to quantize, no usable batch norm, NaN weights, or untrained statistics.
@@ -108,6 +111,7 @@ class Trainer:
         force: bool = False,
         share: Trainer | None = None,
         image_dir: str | PathLike[str] | None = None,
+        track_updates: bool = False,
     ):
         if len(input_size) != 3 or min(input_size) < 1:
             raise UsageError(f"input_size must be (channels, height, width), got {tuple(input_size)}")
@@ -165,6 +169,7 @@ class Trainer:
             self.cosines = CosineTracker(self.student, self.synthesis.teacher, recipe.student, input_size)
         self._build_optimizers()
         self.meters = Meters(device, len(self.inundated))
+        self.updates = NetUpdates(self.student) if track_updates and recipe.student.enabled else None
         self.state = State()
         self.resume_hint = "Trainer.restore() and run() go on from there"
         self._scheduled_epoch = -1
@@ -173,12 +178,10 @@ class Trainer:
 
     def _build_optimizers(self) -> None:
         spec = self.recipe.student
-        groups: dict[int, dict[str, nn.Parameter]] = {}  # weights by their bits, whose codes inundation counts
-        if self.recipe.inundation.enabled:
-            for name, weight in znn.quantized_weights(self.student).items():
-                bits = self.student.get_submodule(name.rpartition(".")[0]).weight_bits
-                groups.setdefault(bits, {})[name] = weight  # type: ignore[arg-type]
-        self.inundated = {name: weight for group in groups.values() for name, weight in group.items()}
+        groups = (
+            weights_by_bits(self.student) if self.recipe.inundation.enabled else {}
+        )  # whose codes inundation counts
+        self.inundated: dict[str, Any] = {name: m.weight for group in groups.values() for name, m in group.items()}
         self.learned: list[Tensor] = list(znn.learned_steps(self.student).values())
         taken = {id(p) for p in (*self.inundated.values(), *self.learned)}
         sgd: dict[str, Any] = dict(
@@ -191,7 +194,7 @@ class Trainer:
         if self.inundated:
             gi = self.recipe.inundation
             self.gi = GISGD(
-                [{"params": list(group.values()), "bits": bits} for bits, group in groups.items()],
+                [{"params": [m.weight for m in group.values()], "bits": bits} for bits, group in groups.items()],
                 **sgd,
                 threshold=gi.threshold,
                 search_steps=gi.search_steps,
@@ -312,6 +315,8 @@ class Trainer:
         self.meters.reset()
         if done == schedule.calibration_epochs:
             znn.freeze_ranges(self.student)  # learned ranges begin here: "rtn" is measured on them
+        if self.updates is not None and done >= schedule.warmup_epochs:
+            record.update(self.updates.next_epoch())
         if done == min(schedule.warmup_epochs, schedule.epochs):
             record["top1"] = self._measure("rtn", self.student)
         if done == schedule.epochs:
@@ -412,6 +417,8 @@ class Trainer:
             groups["chosen"] = self._chosen
         if self.cosines is not None:
             groups["cosines"] = {"sums": self.cosines.meter.sums}
+        if self.updates is not None:
+            groups["updates"] = self.updates.tensors()
         state = {
             "seconds": self.state.seconds,
             "synthesis_seconds": self.synthesis.seconds,
@@ -436,6 +443,8 @@ class Trainer:
         self._chosen = groups.get("chosen")
         if self.cosines is not None and "cosines" in groups:
             self.cosines.meter.sums.copy_(groups["cosines"]["sums"])
+        if self.updates is not None:
+            self.updates.load(groups.get("updates", {}))
         self.synthesis.seconds = state["synthesis_seconds"]
         self.state = State(step, state["seconds"], state["evaluations"], state["history"])
         return step

@@ -86,6 +86,21 @@ class _QuantWeight(_Ranged):
             return self._learned(self.weight, _signed_codes(self.weight_bits), self.weight[0].numel())
         return ops.fake_quant_weight(self.weight, self.weight_bits)
 
+    @torch.no_grad()
+    def integer_codes(self) -> Tensor:
+        """Codes of the weight, like it in shape, uint8: 0 to 2^bits - 1, counted from the lowest of its row's grid.
+
+        Where the range is not learned they differ exactly where gradient inundation counts a change (ait_family.md 7.2).
+        """
+        rows = (-1, *[1] * (self.weight.dim() - 1))
+        if self.learns:
+            lowest, highest = _signed_codes(self.weight_bits)
+            codes = (self.weight / self.step.view(rows)).round().clamp(lowest, highest) - lowest  # type: ignore[union-attr]
+        else:
+            codes, _, first = ops.weight_codes(self.weight, self.weight_bits)
+            codes = codes - first.view(rows)
+        return codes.to(torch.uint8)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_bits={self.weight_bits}{_learned_repr(self)}"
 
@@ -263,6 +278,13 @@ class QuantAct(_Ranged):
         if self.step is not None:
             self.step.data.zero_()
         return self
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Codes per unit and the lowest code, `[]` each: the values that come out are `(lowest + i) / per_unit`, i from 0 to 2^bits - 1."""
+        if self.learns:
+            return self.step.detach().reciprocal(), self.lo.new_tensor(self.codes[0])  # type: ignore[union-attr]
+        per_unit = (self.hi - self.lo).clamp(min=SMALLEST_STEP).reciprocal() * (2**self.bits - 1)
+        return per_unit, (per_unit * self.lo).round()
 
     def _choose_codes(self) -> None:
         if self.step is not None:  # the host reads the range: when it is frozen or loaded, not in a forward

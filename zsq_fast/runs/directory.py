@@ -140,7 +140,7 @@ class RunDir:
     def load_checkpoint(self) -> tuple[int, checkpoint.Groups, dict[str, Any]] | None:
         """(step, groups of contiguous CPU tensors, state) of the newest checkpoint that verifies; None: none was saved.
 
-        Cuts metrics.jsonl back to that step. Damaged checkpoints are skipped with a warning and removed by the next
+        A writer cuts metrics.jsonl back to that step. Damaged checkpoints are skipped with a warning and removed by the next
         save; BadFileError when none is left.
         """
         root = self.path / CHECKPOINTS
@@ -152,12 +152,16 @@ class RunDir:
                 logger.warning("skipped checkpoint of step %d: %s", step, error)
                 self._damaged.add(step)
                 continue
-            self._metrics.cut_after(step)
+            self._cut_metrics(step)
             return loaded
         if self._damaged:
             raise BadFileError(f"no checkpoint in {root} is intact; start the run again in another directory.")
-        self._metrics.cut_after(None)
+        self._cut_metrics(None)
         return None
+
+    def _cut_metrics(self, step: int | None) -> None:
+        if self._lock is not None:  # a reader changes nothing
+            self._metrics.cut_after(step)
 
     def write_json(self, name: str, obj: Any) -> None:
         """Atomic, entered in the run's manifest; non-finite floats become strings."""

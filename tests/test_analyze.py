@@ -1,0 +1,282 @@
+"""`zsq-fast analyze`: a finished run in, numbers and pictures out, one sentence for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cli_support import assert_one_sentence, call, make_tiny, one_thread, schedule
+from test_analysis_forecast import made
+
+import zsq_fast as zsq
+from zsq_fast import analysis
+from zsq_fast.analysis import forecast
+from zsq_fast.analysis.forecast import Calibration
+from zsq_fast.analysis.subject import load_subject
+from zsq_fast.cli.job import Job, load
+from zsq_fast.cli.result import STUDENT, load_student
+from zsq_fast.errors import UsageError
+from zsq_fast.methods.synthesis import Synthesis
+from zsq_fast.runs import RunDir
+
+RUN = [
+    *schedule(epochs=4, warmup_epochs=2, calibration_epochs=1, iterations=3, batch_size=8, held_out=20),
+    "--threads",
+    "1",
+]
+RUN += ["--quiet", "--set", "quant.ema=plain", "--set", "student.lr=0.02"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def train(capsys, tiny, out: Path, recipe: str, *extra: object) -> Path:
+    code, _, err = call(
+        capsys, "quantize", *tiny.model, "--recipe", recipe, "-w", 3, "-a", 4, "--out", out, *RUN, *extra
+    )
+    assert code == 0, err
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """A run with everything on; made once, for tests that only read it."""
+    from zsq_fast.cli import main
+
+    out = tmp_path_factory.mktemp("runs") / "ait"
+    words = [
+        "quantize",
+        *tiny.model,
+        "--recipe",
+        "ait",
+        "-w",
+        "3",
+        "-a",
+        "4",
+        "--out",
+        str(out),
+        "--track-updates",
+        *RUN,
+    ]
+    with one_thread():
+        assert main([*words, "--eval-data", str(tiny.images)]) == 0
+    return out
+
+
+def analyze(capsys, run: Path, *words: object) -> tuple[int, str, str]:
+    return call(capsys, "analyze", run, "--allow-import", "--what", *words)
+
+
+def calibrated(monkeypatch) -> None:
+    monkeypatch.setattr(forecast, "calibration", lambda: Calibration(made(20, noise=0.3)))
+
+
+def load_it(run: Path, **options):
+    with one_thread():
+        run_dir = RunDir.open(run, read_only=True)
+        job, teacher = load(Job.from_info(run_dir.info, run, allow_import=True))
+        student = load_student(run_dir, job, teacher, STUDENT)
+        return (
+            load_subject(run_dir, teacher, student, input_size=job.input_size, seed=job.seed, **options),
+            job,
+            teacher,
+        )
+
+
+def test_everything_is_written_and_shown(capsys, run):
+    pytest.importorskip("matplotlib")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    code, out, err = analyze(capsys, run, "layers", "samples", "updates", "layers")
+    assert code == 0, err
+    for name in ("layers", "samples", "updates"):
+        numbers = json.loads((run / "analysis" / f"{name}.json").read_text())
+        assert numbers and (run / "analysis" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert out.splitlines().count(name) == 1
+    assert "SQNR dB" in out and "difficulty" in out and "net, end of the epoch" in out and str(run / "analysis") in out
+    updates = json.loads((run / "analysis" / "updates.json").read_text())
+    assert updates["epochs"] == [2, 3] and len(updates["net"][0]) == len(updates["layers"]) == 3
+    assert all(path.read_bytes() == data for path, data in before.items())  # nothing else is touched
+    code, out, _ = call(capsys, "resume", run, "--allow-import")  # nor in the way
+    assert code == 0 and "last epoch" in out
+
+
+def test_the_losses_around_the_student(capsys, run):
+    pytest.importorskip("matplotlib")
+    code, out, err = analyze(capsys, run, "cosine", "hessian", "surface", "--images", 12)
+    assert code == 0, err
+    found = {
+        name: json.loads((run / "analysis" / f"{name}.json").read_text()) for name in ("cosine", "hessian", "surface")
+    }
+    assert "CE-KL" in out and f"{found['cosine']['pairs']['ce-kl']['total']:+.3f}" in out
+    assert found["hessian"]["images"] == 12 and f"{found['hessian']['losses']['kl']['trace']['mean']:.4g}" in out
+    assert found["surface"]["losses"]["kl"][7][7] == found["surface"]["centre"]["kl"]
+    assert all((run / "analysis" / f"{name}.png").stat().st_size > 1000 for name in found)
+
+
+def test_json_without_pictures(capsys, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = analyze(capsys, run, "samples", "--json", "--no-pictures", "--images", 12)
+    assert code == 0, err
+    assert json.loads(out)["samples"]["count"] == 12
+    assert json.loads((run / "analysis" / "samples.json").read_text()) == json.loads(out)["samples"]
+    code, _, err = analyze(capsys, run, "samples")
+    assert code == 2 and "zsq-fast[demo]" in assert_one_sentence(err)
+
+
+def test_the_images_are_those_held_out_with_their_labels(run):
+    subject, job, teacher = load_it(run, batch_size=6)
+    assert [len(b.images) for b in subject.batches] == [6, 6, 6, 2] == [len(b.labels) for b in subject.batches]
+    _, groups, state = RunDir.open(run, read_only=True).load_checkpoint()
+    assert torch.equal(subject.images, groups["held_out"]["images"]) and list(subject.history) == state["history"]
+    synthesis = Synthesis(teacher, subject.recipe, job.input_size, job.seed, torch.channels_last)
+    drawn = torch.cat([synthesis.sample("held-out", i).labels for i in range(3)])[:20]
+    assert torch.equal(torch.cat([b.labels for b in subject.batches]), drawn) and len(drawn.unique()) > 1
+    assert subject.trained_on is None and subject.layout == torch.channels_last
+    assert not subject.student.training and not any(p.requires_grad for p in subject.teacher.parameters())
+    assert all(m.frozen for m in subject.student.modules() if isinstance(m, zsq.QuantAct))
+    with torch.no_grad():
+        same = (subject.student(subject.images).argmax(1) == subject.teacher(subject.images).argmax(1)).double().mean()
+    assert same == subject.history[-1]["held_out_agreement"] and subject.evaluations["last"] >= 0
+
+
+def test_an_older_checkpoint_draws_its_labels_again(run, monkeypatch):
+    labels = torch.cat([b.labels for b in load_it(run)[0].batches])
+    read = RunDir.load_checkpoint
+
+    def without(self):
+        step, groups, state = read(self)
+        return step, {**groups, "held_out": {k: v for k, v in groups["held_out"].items() if k != "labels"}}, state
+
+    monkeypatch.setattr(RunDir, "load_checkpoint", without)
+    assert torch.equal(torch.cat([b.labels for b in load_it(run)[0].batches]), labels)
+
+
+def test_optimised_images_and_a_run_that_held_none_out(capsys, tiny, tmp_path):
+    images = [f"--set=images.{k}={v}" for k, v in {"count": 10, "batch_size": 4, "iterations": 2}.items()]
+    out = train(
+        capsys,
+        tiny,
+        tmp_path / "zeroq",
+        "zeroq",
+        *images,
+        "--set",
+        "schedule.held_out=0",
+        "--set",
+        "student.batch_size=4",
+    )
+    subject, *_ = load_it(out, count=9)
+    assert subject.trained_on.images.shape == (9, 3, 8, 8) and len(subject.images) == 9
+    some = load_it(out, count=3)[0].trained_on
+    assert torch.equal(some.images, subject.trained_on.images[:3]) and torch.equal(
+        some.labels, subject.trained_on.labels[:3]
+    )
+    code, printed, err = analyze(capsys, out, "samples", "--no-pictures")
+    assert code == 0 and "10 optimised images" in printed, err
+    code, _, err = analyze(capsys, out, "updates", "--no-pictures")
+    assert code == 2 and "--track-updates" in assert_one_sentence(err)
+    code, _, err = analyze(capsys, out, "samples", "--chosen", "--no-pictures")
+    assert code == 4 and "chose no epoch" in assert_one_sentence(err)
+
+
+def test_superposed_images_have_soft_labels(capsys, tiny, tmp_path):
+    out = train(capsys, tiny, tmp_path / "qimera", "qimera", "--set", "generator.superpose_probability=0.7")
+    subject, *_ = load_it(out)
+    labels = torch.cat([b.labels for b in subject.batches])
+    assert labels.shape == (20, 4) and torch.allclose(labels.sum(1), torch.ones(20))
+    hard = (labels.amax(1) == 1).view(-1)
+    assert 0 < hard.sum() < 20  # batches of both kinds
+    code, _, err = analyze(capsys, out, "samples", "layers", "--no-pictures")
+    assert code == 0, err
+
+
+def test_the_chosen_student(capsys, run, monkeypatch):
+    calibrated(monkeypatch)
+    chosen = json.loads((run / "result.json").read_text())["chosen_epoch"]
+    code, out, err = analyze(capsys, run, "layers", "forecast", "--chosen", "--json", "--no-pictures")
+    assert code == 0, err
+    found = json.loads(out)
+    record = json.loads((run / "metrics.jsonl").read_text().splitlines()[chosen])
+    assert found["forecast"]["kl"] == pytest.approx(record["held_out_kl"])
+    assert found["layers"]["divergence"] == pytest.approx(record["held_out_kl"], rel=1e-3)
+
+
+def test_the_forecast_as_a_gate(capsys, run, monkeypatch):
+    code, _, err = analyze(capsys, run, "forecast", "--no-pictures", "--fail-above", 3)
+    if code == 2:  # while the committed records are too few
+        assert "not calibrated" in assert_one_sentence(err)
+    calibrated(monkeypatch)
+    code, out, err = analyze(capsys, run, "forecast", "--json", "--no-pictures")
+    assert code == 0, err
+    found = json.loads(out)["forecast"]
+    top1 = json.loads((run / "result.json").read_text())["top1"]
+    assert found["measured"] == pytest.approx(top1["float"] - top1["last"]) and found["weight_bits"] == 3
+    drop = found["forecast"]["drop"]
+    code, out, _ = analyze(capsys, run, "forecast", "--fail-above", drop + 0.01, "--no-pictures")
+    assert code == 0 and "forecast without data" in out and "measured on the test images" in out
+    code, out, err = analyze(capsys, run, "forecast", "--fail-above", drop - 0.01, "--no-pictures")
+    assert code == 7 and "above the limit" in assert_one_sentence(err) and "forecast without data" in out
+    assert (run / "analysis" / "forecast.json").exists()
+
+
+def test_a_run_prints_its_forecast(capsys, tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(forecast, "calibration", lambda: Calibration([]))  # too few
+        out = train(capsys, tiny, tmp_path / "without", "kl_only")
+        assert json.loads((out / "result.json").read_text())["forecast"] is None
+        code, printed, _ = call(capsys, "resume", out)
+        assert code == 0 and "forecast without data" not in printed
+    calibrated(monkeypatch)
+    out = train(capsys, tiny, tmp_path / "with", "kl_only", "--eval-data", tiny.images)
+    held = json.loads((out / "result.json").read_text())
+    assert held["forecast"]["kl"] == held["held_out"]["last"]["kl"]
+    assert held["forecast"]["measured"] == pytest.approx(held["top1"]["float"] - held["top1"]["last"])
+    code, printed, _ = call(capsys, "resume", out)
+    assert code == 0 and "forecast without data: top-1 drops by" in printed and "measured on the test images" in printed
+    out = train(capsys, tiny, tmp_path / "rtn", "rtn")
+    assert json.loads((out / "result.json").read_text())["forecast"] is None  # nothing was held out
+    code, _, err = analyze(capsys, out, "forecast", "--no-pictures")
+    assert code == 2 and "held no images out" in assert_one_sentence(err)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["leyers"], 2, "there is no analysis 'leyers'. Did you mean 'layers'?"),
+        (["samples", "xyzzy"], 2, "Known: "),
+        (["layers", "--fail-above", "2"], 2, "add it to --what"),
+        (["forecast", "--fail-above", "nan"], 2, "'nan' is not a number of points"),
+        (["layers", "--images", "0"], 2, "--images"),
+        (["layers", "--picture"], 2, "Did you mean '--no-pictures'?"),
+    ],
+)
+def test_wrong_words(capsys, run, words, code, text):
+    found, out, err = analyze(capsys, run, *words)
+    assert (found, out) == (code, "") and text in assert_one_sentence(err)
+
+
+def test_no_run_and_an_unfinished_one(capsys, tiny, tmp_path):
+    code, _, err = analyze(capsys, tmp_path, "layers", "--no-pictures")
+    assert code == 4 and "not a run directory" in assert_one_sentence(err)
+    out = train(capsys, tiny, tmp_path / "run", "rtn")
+    code, _, err = call(capsys, "analyze", out, "--what", "layers", "--no-pictures")
+    assert code == 2 and "--allow-import" in assert_one_sentence(err)
+    for path in sorted((out / "checkpoints").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    code, _, err = analyze(capsys, out, "layers", "--no-pictures")
+    assert code == 4 and "holds no checkpoint" in assert_one_sentence(err)
+    (out / "student.safetensors").unlink()
+    code, _, err = analyze(capsys, out, "layers", "--no-pictures")
+    assert code == 4 and "not finished" in assert_one_sentence(err) and not (out / "analysis").exists()
+
+
+def test_every_analysis_has_its_functions():
+    for name in analysis.ANALYSES:
+        compute, draw = analysis.find(name)
+        assert callable(compute) and callable(draw)
+    with pytest.raises(UsageError, match="Did you mean 'updates'"):
+        analysis.find("update")

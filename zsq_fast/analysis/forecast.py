@@ -1,0 +1,246 @@
+"""Forecast of the accuracy drop without data, from how student and teacher differ on held-out synthetic images.
+
+Calibrated on the runs whose records are committed: `python -m benchmarks.forecast --write` collects them into forecast.json beside this
+file. The model is a straight line, or a plane, through them: asinh(drop) over the logarithms of KL and of disagreement, over bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from zsq_fast.analysis.subject import Subject
+from zsq_fast.errors import UsageError
+
+DATA = "forecast.json"
+LEVEL = 0.9  # of the interval
+LEAST_POINTS, LEAST_RECIPES = 10, 5  # below 9 points no quantile of their residuals reaches the level
+# What a forecast may look at, simplest first: the first of equal error is taken.
+INPUTS = (("kl",), ("agreement",), ("kl", "agreement"), ("kl", "bits"))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One student of a committed record at its last epoch.
+
+    Attributes:
+        record: file and, where it holds several students, the name of this one.
+        recipe: what counts as one when points are left out.
+        weight_bits, act_bits: of the student.
+        agreement: share of the held-out images on which student and teacher agree. kl: mean KL(teacher || student) there, in nats.
+        drop: float top-1 minus the student's, in points, on real test images.
+    """
+
+    record: str
+    recipe: str
+    weight_bits: float
+    act_bits: float
+    agreement: float
+    kl: float
+    drop: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Points of top-1 that the student is expected to lie below the float network; `low` to `high` holds the true drop in about 90 % of
+    runs like those of the calibration. `beyond` names the inputs that none of those had, for which the interval promises nothing."""
+
+    drop: float
+    low: float
+    high: float
+    beyond: tuple[str, ...] = ()
+
+
+def _features(p: Point, inputs: Sequence[str]) -> list[float]:
+    known = {
+        "kl": math.log(max(p.kl, 1e-4)),
+        "agreement": math.log(1 - p.agreement + 1e-3),  # 1e-3: half an image of 512
+        "bits": (p.weight_bits + p.act_bits) / 2,
+    }
+    return [1.0, *(known[name] for name in inputs)]
+
+
+class Calibration:
+    """Least squares over the points, the inputs chosen by the error on recipes left out.
+
+    Raises:
+        UsageError: there are too few points or recipes to say how wrong a forecast is.
+    """
+
+    def __init__(self, points: Sequence[Point]):
+        self.points = tuple(points)
+        self.recipes = sorted({p.recipe for p in self.points})
+        if len(self.points) < LEAST_POINTS or len(self.recipes) < LEAST_RECIPES:
+            raise UsageError(
+                f"the forecast is not calibrated: there are {len(self.points)} committed runs of {len(self.recipes)} recipes with "
+                f"held-out images, and it needs {LEAST_POINTS} of {LEAST_RECIPES}; add records and run "
+                "`python -m benchmarks.forecast --write`."
+            )
+        self.inputs = _choose(self.points)
+        self.weights = _fit(self.points, self.inputs)
+
+    @cached_property
+    def left_out(self) -> tuple[tuple[Point, float], ...]:
+        """Every point and its asinh(drop) as forecast from the other recipes alone, their choice of inputs included."""
+        found = []
+        for recipe in self.recipes:
+            others = [p for p in self.points if p.recipe != recipe]
+            inputs = _choose(others)
+            weights = _fit(others, inputs)
+            found += [(p, _apply(weights, p, inputs)) for p in self.points if p.recipe == recipe]
+        return tuple(found)
+
+    @cached_property
+    def margin(self) -> float:
+        """Half the interval in asinh(drop): the quantile of the left-out residuals with the correction for their number."""
+        residuals = sorted(abs(math.asinh(p.drop) - y) for p, y in self.left_out)
+        return residuals[math.ceil(LEVEL * (len(residuals) + 1)) - 1]
+
+    @property
+    def errors(self) -> list[float]:
+        """Forecast minus measured drop of every left-out point, in points."""
+        return [math.sinh(y) - p.drop for p, y in self.left_out]
+
+    def forecast(self, agreement: float, kl: float, bits: tuple[float, float]) -> Forecast:
+        """See `forecast`."""
+        asked = Point("", "", *bits, agreement, kl, 0.0)
+        y = _apply(self.weights, asked, self.inputs)
+        beyond = [
+            name
+            for name in ("agreement", "kl")
+            if not min(getattr(p, name) for p in self.points) <= getattr(asked, name) <= max(getattr(p, name) for p in self.points)
+        ]  # fmt: skip
+        if tuple(bits) not in {(p.weight_bits, p.act_bits) for p in self.points}:
+            beyond.append("bits")
+        return Forecast(math.sinh(y), math.sinh(y - self.margin), math.sinh(y + self.margin), tuple(beyond))
+
+    def __str__(self) -> str:
+        errors = [abs(error) for error in self.errors]
+        return (
+            f"{len(self.points)} runs of {len(self.recipes)} recipes, by {' and '.join(self.inputs)}; error on a recipe left out: "
+            f"mean {np.mean(errors):.2f}, worst {max(errors):.2f} points"
+        )
+
+
+def _fit(points: Sequence[Point], inputs: Sequence[str]) -> np.ndarray:
+    rows = np.array([_features(p, inputs) for p in points])
+    weights: np.ndarray = np.linalg.lstsq(rows, np.array([math.asinh(p.drop) for p in points]), rcond=None)[0]
+    return weights
+
+
+def _apply(weights: np.ndarray, point: Point, inputs: Sequence[str]) -> float:
+    return float(np.array(_features(point, inputs)) @ weights)
+
+
+def _choose(points: Sequence[Point]) -> tuple[str, ...]:
+    """The inputs of least mean squared error on recipes left out."""
+
+    def error(inputs: tuple[str, ...]) -> float:
+        total = 0.0
+        for recipe in sorted({p.recipe for p in points}):
+            weights = _fit([p for p in points if p.recipe != recipe], inputs)
+            total += sum((math.asinh(p.drop) - _apply(weights, p, inputs)) ** 2 for p in points if p.recipe == recipe)
+        return total
+
+    return min(INPUTS, key=error)
+
+
+def read_points() -> tuple[dict[str, Any], list[Point]]:
+    """What forecast.json says of itself, and its points."""
+    held = json.loads(resources.files(__package__).joinpath(DATA).read_text(encoding="utf-8"))
+    return held, [Point(**point) for point in held["points"]]
+
+
+@cache
+def calibration() -> Calibration:
+    """The one of the committed records. Raises UsageError where they are too few."""
+    return Calibration(read_points()[1])
+
+
+def forecast(agreement: float, kl: float, bits: tuple[float, float]) -> Forecast:
+    """The accuracy drop to expect of a student, of which no test image is known.
+
+    Args:
+        agreement: share of held-out synthetic images on which student and teacher agree (`held_out_agreement` of a history).
+        kl: mean KL(teacher || student) at temperature 1 there, in nats (`held_out_kl`).
+        bits: of weights and activations.
+
+    Raises:
+        UsageError: not calibrated: too few committed records.
+    """
+    return calibration().forecast(agreement, kl, bits)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A student's forecast, what it follows from, and the measured drop where test images were given."""
+
+    agreement: float
+    kl: float
+    weight_bits: float
+    act_bits: float
+    forecast: Forecast
+    calibration: str
+    measured: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        f = self.forecast
+        lines = [
+            f"forecast without data: top-1 drops by {f.drop:.2f} points, {f.low:.2f} to {f.high:.2f} ({LEVEL:.0%} interval)",
+            f"  from agreement {100 * self.agreement:.2f} % and KL {self.kl:.3g} on held-out synthetic images; {self.calibration}",
+        ]
+        if f.beyond:
+            lines.append(f"  beyond the calibration ({', '.join(f.beyond)}): the interval promises nothing here")
+        if self.measured is not None:
+            inside = "inside" if f.low <= self.measured <= f.high else "outside"
+            lines.append(f"  measured on the test images: {self.measured:.2f} points, {inside} the interval")
+        return "\n".join(lines)
+
+
+def outlook(agreement: float, kl: float, bits: tuple[float, float], measured: float | None = None) -> Outlook:
+    """Raises UsageError: not calibrated."""
+    held, _ = read_points()
+    about = f"{held['network']}: {calibration()}"
+    return Outlook(agreement, kl, *bits, forecast(agreement, kl, bits), about, measured)
+
+
+def of_subject(subject: Subject) -> Outlook:
+    """Raises UsageError: the run held no images out, or the forecast is not calibrated."""
+    record, quant = subject.history[subject.epoch], subject.recipe.quant
+    if "held_out_kl" not in record:
+        raise UsageError("the run held no images out, and the forecast needs its agreement with the teacher there.")
+    known = subject.evaluations
+    top1 = known.get("last" if subject.epoch == -1 else "chosen")
+    measured = None if top1 is None or "float" not in known else known["float"] - top1
+    bits = (quant.nominal_weight_bits, float(quant.act_bits))
+    return outlook(record["held_out_agreement"], record["held_out_kl"], bits, measured)
+
+
+def draw(result: Outlook, figure: Any) -> None:
+    """Drop over KL: the runs of the calibration by their bits, the forecast with its interval, and the measured drop."""
+    figure.set_size_inches(7, 5)
+    axes, f = figure.subplots(), result.forecast
+    points = calibration().points
+    for bits in sorted({(p.weight_bits, p.act_bits) for p in points}):
+        mine = [p for p in points if (p.weight_bits, p.act_bits) == bits]
+        label = f"W{bits[0]:g}A{bits[1]:g}, calibration"
+        axes.plot([p.kl for p in mine], [p.drop for p in mine], "o", markersize=4, alpha=0.6, label=label)
+    below, above = max(0.0, f.drop - f.low), max(0.0, f.high - f.drop)
+    axes.errorbar([result.kl], [f.drop], [[below], [above]], fmt="D", color="#d55e00", capsize=4, label="forecast")
+    if result.measured is not None:
+        axes.plot([result.kl], [result.measured], "k*", markersize=11, label="measured")
+    axes.set_xscale("log")
+    axes.set_yscale("asinh")
+    axes.set_xlabel("KL(teacher || student) on held-out synthetic images, nats")
+    axes.set_ylabel("drop of top-1, points")
+    axes.legend(frameon=False)

@@ -1,0 +1,131 @@
+"""zsq-fast analyze: numbers and pictures of a finished run."""
+
+from __future__ import annotations
+
+import json
+import math
+from argparse import ArgumentTypeError
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from zsq_fast.analysis import ANALYSES, check_name, find
+from zsq_fast.cli.arguments import Parser, device, integer
+from zsq_fast.errors import BadFileError, LimitError, UsageError
+
+FOLDER = "analysis"
+
+
+def _points(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ArgumentTypeError(f"'{text}' is not a number of points")
+    return value
+
+
+def make_parser() -> Parser:
+    parser = Parser("analyze", f"Look into a finished run; writes RUN/{FOLDER}/NAME.json and NAME.png.")
+    add = parser.add_argument
+    add("run", metavar="RUN", help="the directory of a finished run")
+    add("--what", required=True, nargs="+", metavar="NAME", help=f"any of: {', '.join(ANALYSES)}")
+    add("--chosen", action="store_true", help="the student of the chosen epoch, not of the last one")
+    add(
+        "--images",
+        type=integer(1),
+        default=256,
+        metavar="N",
+        help="synthetic images to look at, at most (256)",
+    )
+    add("--batch-size", type=integer(1), default=64, metavar="N")
+    add("--fail-above", type=_points, metavar="DROP", help="with forecast: exit 7 when it expects to lose more points")
+    add("--no-pictures", action="store_true", help="numbers only; needs no matplotlib")
+    add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N")
+    add("--allow-import", action="store_true", help="allow the run's model to import and run your code")
+    add("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def run(words: Sequence[str]) -> int:
+    arguments = make_parser().parse(words)
+    names = list(dict.fromkeys(map(check_name, arguments.what)))
+    if arguments.fail_above is not None and "forecast" not in names:
+        raise UsageError("--fail-above is a limit to the forecast: add it to --what.")
+    figure = None if arguments.no_pictures else _figure_class()
+    from zsq_fast.runs.storage import make_directory, replace_file, to_json, writing
+
+    subject, folder = _load(arguments), Path(arguments.run) / FOLDER
+    with writing(folder):
+        make_directory(folder)
+    results: dict[str, Any] = {}
+    for name in names:
+        compute, draw = find(name)
+        results[name] = result = compute(subject)
+        data = to_json(result.to_dict())
+        replace_file(folder / f"{name}.json", data)
+        if figure is not None:
+            replace_file(folder / f"{name}.png", _png(figure, draw, result))
+        if not arguments.json:
+            print(f"{name}\n{result}\n")
+    if arguments.json:
+        print(json.dumps({name: json.loads(to_json(result.to_dict())) for name, result in results.items()}, indent=1))
+    else:
+        print(f"numbers{'' if figure is None else ' and pictures'}: {folder}")
+    if arguments.fail_above is not None:
+        found = results["forecast"].forecast
+        if not found.drop <= arguments.fail_above:
+            raise LimitError(
+                f"the forecast drop of {found.drop:.2f} points ({found.low:.2f} to {found.high:.2f}) is above the limit of "
+                f"{arguments.fail_above:g}."
+            )
+    return 0
+
+
+def _load(arguments: Any) -> Any:
+    """The subject, its networks loaded as `evaluate` loads them."""
+    from zsq_fast.analysis.subject import load_subject
+    from zsq_fast.cli.job import Job, load
+    from zsq_fast.cli.result import CHOSEN, RESULT, STUDENT, load_student
+    from zsq_fast.runs import RunDir
+
+    run_dir = RunDir.open(arguments.run, read_only=True)
+    job = Job.from_info(run_dir.info, run_dir.path, allow_import=arguments.allow_import)
+    job, teacher = load(replace(job, device=arguments.device, eval_data=None))
+    epoch = -1
+    if arguments.chosen:
+        if not run_dir.holds(CHOSEN):
+            raise BadFileError(f"{run_dir.path} chose no epoch ({CHOSEN} is missing); leave --chosen out.")
+        epoch = run_dir.load_json(RESULT)["chosen_epoch"]
+    student = load_student(run_dir, job, teacher, CHOSEN if arguments.chosen else STUDENT)
+    return load_subject(
+        run_dir,
+        teacher,
+        student,
+        input_size=job.input_size or (),
+        seed=job.seed,
+        count=arguments.images,
+        batch_size=arguments.batch_size,
+        epoch=epoch,
+        channels_last=job.channels_last,
+    )
+
+
+def _figure_class() -> Any:
+    """Before work that its absence would waste."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("pictures need matplotlib: pip install 'zsq-fast[demo]', or use --no-pictures.") from None
+    return Figure
+
+
+def _png(figure_class: Any, draw: Any, result: Any) -> bytes:
+    import io
+
+    figure, stream = figure_class(dpi=120, facecolor="white"), io.BytesIO()
+    draw(result, figure)
+    figure.savefig(stream, format="png", bbox_inches="tight")
+    return stream.getvalue()
