@@ -29,6 +29,7 @@ ALLOWED = {
     "runs": {"errors"},
     "papers": {"errors"},
     "methods": {"nn", "optim", "losses", "ops", "runs", "errors"},
+    "report": {"methods", "runs", "papers", "errors"},
 }
 
 

@@ -22,6 +22,7 @@ VERBS = {
     "resume": ("zsq_fast.cli.resume", "continue a run that was stopped"),
     "evaluate": ("zsq_fast.cli.evaluate", "accuracy of a run or a network on real test images"),
     "reproduce": ("zsq_fast.cli.reproduce", "train a row of a paper's table and set it beside the published number"),
+    "report": ("zsq_fast.cli.report", "write one page (HTML) of a finished run, or of several beside each other"),
     "recipes": ("zsq_fast.cli.recipes", "list the methods"),
     "demo": ("zsq_fast.cli.demo", "train a small network on handwritten digits, quantize it, print the table"),
     "env": ("zsq_fast.cli.environment", "versions, kernels and what to do about missing ones"),
