@@ -32,7 +32,9 @@ def one(model: str, recipe: str) -> dict[str, object]:
     """Measured in this process."""
     torch.manual_seed(0)
     teacher = load_model(model).model
-    cost = estimate(teacher, zsq.load_recipe(recipe, input_size=SIZE, schedule="short", overrides=SET), input_size=SIZE, force=True)
+    cost = estimate(
+        teacher, zsq.load_recipe(recipe, input_size=SIZE, schedule="short", overrides=SET), input_size=SIZE, force=True
+    )
     stages = {stage.name: round(stage.each * 1000 / 60, 1) for stage in cost.stages}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"model": model, "recipe": recipe, "minutes_per_1000": stages, "peak_bytes": peak}

@@ -13,7 +13,13 @@ def run(words: Sequence[str]) -> int:
     parser = Parser("report", "Write one page (HTML, opens from disk, loads nothing) of finished runs.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="the directory of a finished run; several are compared")
-    add("-o", "--out", default="report.html", metavar="FILE", help="the page; figures and numbers go beside it (report.html)")
+    add(
+        "-o",
+        "--out",
+        default="report.html",
+        metavar="FILE",
+        help="the page; figures and numbers go beside it (report.html)",
+    )
     add("--title", default="", help="heading of the page")
     add("--json", action="store_true", help="print the paths as JSON")
     arguments = parser.parse(words)

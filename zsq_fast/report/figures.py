@@ -137,7 +137,7 @@ def _svg(figure: Any, name: str) -> str:
 
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
-        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        metadata: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(stream, format="svg", transparent=True, metadata=metadata)
     text = stream.getvalue()
     text = text[text.index("<svg") :].strip()
@@ -150,11 +150,11 @@ def _svg(figure: Any, name: str) -> str:
 
 
 def picture(pixels: Tensor) -> bytes:
-    """PNG of uint8 pixels `[H, W, 3]`."""
+    """PNG of uint8 pixels `[H, W, 4]`."""
     from matplotlib.image import imsave
 
     stream = io.BytesIO()
-    imsave(stream, pixels.numpy(), format="png", metadata={"Software": None})
+    imsave(stream, pixels.numpy(), format="png", metadata=dict[str, Any](Software=None))
     return stream.getvalue()
 
 

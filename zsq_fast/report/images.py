@@ -18,6 +18,7 @@ from zsq_fast.runs import checkpoint as checkpoints
 from zsq_fast.runs.directory import CHECKPOINTS
 
 CLASSES, COLUMNS, PIXELS, FILES = 10, 10, 48, 4
+GAP = 1  # transparent pixels right of an image and below it
 FILE_LIMIT = 1 << 30  # bytes of one file of images or tensors
 
 
@@ -28,13 +29,13 @@ class Sheet:
     Attributes:
         source: what they are. by: what the class of an image is.
         count: how many images there were to choose from.
-        strips: label and uint8 pixels `[H, columns * W, 3]`.
+        strips: label, number of images and uint8 pixels with alpha `[H, columns * W, 4]`.
     """
 
     source: str
     by: str
     count: int
-    strips: tuple[tuple[int, Tensor], ...]
+    strips: tuple[tuple[int, int, Tensor], ...]
 
 
 def read_sheet(run: RunDir, mean: Sequence[Any], std: Sequence[Any]) -> Sheet | None:
@@ -58,8 +59,8 @@ def read_sheet(run: RunDir, mean: Sequence[Any], std: Sequence[Any]) -> Sheet | 
     classes = sorted(set(labels.tolist()))
     for label in _spread(classes, CLASSES):
         chosen = images[labels == label][:COLUMNS]
-        pixels = _pixels(_small(chosen), *_scale(images, mean, std))
-        strips.append((label, pixels.permute(1, 0, 2, 3).flatten(1, 2)))
+        pixels = F.pad(_pixels(_small(chosen), *_scale(images, mean, std)), (0, 0, 0, GAP, 0, GAP))
+        strips.append((label, len(chosen), pixels.permute(1, 0, 2, 3).flatten(1, 2)))
     return Sheet(source, by, len(images), tuple(strips))
 
 
@@ -123,8 +124,9 @@ def _scale(images: Tensor, mean: Sequence[Any], std: Sequence[Any]) -> tuple[Ten
 
 
 def _pixels(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 `[N, H, W, 3]`; other than 3 channels become grey."""
+    """uint8 `[N, H, W, 4]`, opaque; other than 3 channels become grey."""
     values = (images * std + mean).nan_to_num().clamp(0, 1)
     if values.shape[1] != 3:
         values = values.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    values = torch.cat([values, torch.ones_like(values[:, :1])], 1)
     return (values * 255).round().to(torch.uint8).permute(0, 2, 3, 1)

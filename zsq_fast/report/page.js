@@ -53,7 +53,7 @@ function filterable(table) {
   };
   input.addEventListener("input", show);
   const label = make("label", {}, "Filter ", input);
-  table.before(make("div", { className: "filter" }, label, output));
+  table.parentElement.before(make("div", { className: "filter" }, label, output));
   show();
 }
 

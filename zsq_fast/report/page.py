@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zsq_fast.errors import BadFileError, UsageError
-from zsq_fast.report.figures import SERIES, Drawn, bars, draw_panels, picture
+from zsq_fast.report.figures import SERIES, bars, draw_panels, picture
 from zsq_fast.report.published import Difference, Published, closest, differences, flat, published_rows
 from zsq_fast.report.reading import Analysis, Run, number, read_runs, show
 from zsq_fast.runs.storage import make_directory, replace_file, to_json, writing
@@ -219,13 +218,13 @@ def _part(index: int, run: Run, files: dict[str, bytes]) -> Part:
         if analysis.png is not None:
             files[f"run-{index}-{analysis.name}.png"] = analysis.png
     strips = []
-    for label, pixels in run.sheet.strips if run.sheet else ():
+    for label, count, pixels in run.sheet.strips if run.sheet else ():
         png = picture(pixels)
         files[f"run-{index}-images-{label}.png"] = png
-        strips.append(Strip(label, _address(png), pixels.shape[1] // max(1, pixels.shape[0])))
+        strips.append(Strip(label, _address(png), count))
     if run.sheet:
         made = {"run": run.label, "source": run.sheet.source, "class": run.sheet.by, "count": run.sheet.count}
-        files[f"run-{index}-images.json"] = to_json({**made, "classes": [label for label, _ in run.sheet.strips]})
+        files[f"run-{index}-images.json"] = to_json({**made, "classes": [label for label, *_ in run.sheet.strips]})
     return Part(
         index=index,
         run=run,
@@ -263,7 +262,9 @@ def _sentence(run: Run, paper: Published | None) -> str:
     if paper is not None:
         where = "" if paper.same_network else f" with {paper.row.model}"
         name = paper.row.title.partition(":")[0]
-        text += f" Published by {name}{where}: {percent(paper.row.top1)}, {paper.drop:.2f} points below its float network."
+        text += (
+            f" Published by {name}{where}: {percent(paper.row.top1)}, {paper.drop:.2f} points below its float network."
+        )
     return text
 
 
@@ -289,7 +290,9 @@ def device(run: Run) -> str:
 def _layer_table(run: Run) -> LayerTable:
     weights = {layer.name: layer for layer in run.layers}
     analysis = next((a for a in run.analyses if a.name == "layers"), None)
-    records: list[Mapping[str, Any]] = [{"name": layer.name, "kind": "weight", "bits": layer.bits} for layer in run.layers]
+    records: list[Mapping[str, Any]] = [
+        {"name": layer.name, "kind": "weight", "bits": layer.bits} for layer in run.layers
+    ]
     if analysis is not None:
         where = run.path / "analysis" / "layers.json"
         records = analysis.data.get("layers")  # type: ignore[assignment]
@@ -389,6 +392,3 @@ def minutes(value: float) -> str:
 
 def command(run: Run) -> str:
     return shlex.join(run.command)
-
-
-__all__ = ["Drawn", "heading", "write_report"]

@@ -271,7 +271,8 @@ def _environment(info: Fields, result: Fields) -> tuple[tuple[str, str], ...]:
     threads = result.whole("threads", 0)
     rows = {
         "Started": info.text("started", "").replace("T", " ").replace("Z", " UTC"),
-        "Device": result.text("device", "cpu") + (f", {threads} threads" if threads else ""),
+        "Device": result.text("device", "cpu")
+        + (f", {threads} thread{'' if threads == 1 else 's'}" if threads else ""),
         "Machine": ", ".join(f"{key} {value}" for key, value in machine.values.items()),
         "Versions": ", ".join(f"{key} {value}" for key, value in info.table("versions").values.items()),
         "Commit": info.text("commit", ""),
