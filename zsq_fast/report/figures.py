@@ -142,7 +142,7 @@ def _svg(figure: Any, name: str) -> str:
     text = stream.getvalue()
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"<style.*?</style>|<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
-    text = re.sub(r' id="[A-Za-z]+_?[\d.]*_\d+"| id="\w+\.\d+"', "", text)
+    text = re.sub(r' id="[\w.]*_\d+"', "", text)
     text = re.sub(r"font: (\d+)px [^;\"]*", r"font-size: \1px; font-family: inherit, sans-serif", text)
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var(--{variable}, {colour})")

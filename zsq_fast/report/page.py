@@ -146,7 +146,7 @@ def _check_libraries() -> None:
         import matplotlib.image  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f"the page needs jinja2 and matplotlib ({error.name} is missing): pip install 'zsq-fast[report]'."
+            f"the page needs jinja2 and matplotlib ({(error.name or '').partition('.')[0]} is missing): pip install 'zsq-fast[report]'."
         ) from None
 
 
@@ -181,6 +181,7 @@ def _page(runs: Sequence[Run], folder: str, files: dict[str, bytes], title: str)
         script=script,
         script_sum=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         colours=len(SERIES),
+        columns=max((strip.columns for part in parts for strip in part.strips), default=1),
         changes=_changes(parts),
         lead=parts[0].sentence if len(parts) == 1 else _comparison(runs),
         limited=_limits(runs),
