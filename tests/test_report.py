@@ -196,11 +196,11 @@ def test_markup_in_a_run_stays_text(capsys, ait, hast, tmp_path):
         assert "window.hacked" not in elements.scripts and words(elements).count("window.hacked") > 20
         assert not [name for _, attributes in elements.tags for name in attributes if name.startswith("on")]
         assert all(a["src"].startswith("data:") for a in elements.of("img")) and len(elements.of("style")) == 1
-        assert "49" not in [part for part in words(elements).split("window.hacked")[1:2] if "{{7*7}}" not in part]
+        assert words(elements).count("{{7*7}}") == words(elements).count("window.hacked=1'")  # no template either
 
 
 def test_published_rows_of_a_run(runs):
-    (run,) = reading.read_runs([runs[0]])
+    (run,) = page.read_runs([runs[0]])
     assert run.classes == 4 and run.input_size == (3, 8, 8) and published_rows(run) == []
 
     def like(recipe: str, bits: int, model: str, classes: int = 10, **more):

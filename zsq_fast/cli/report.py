@@ -12,7 +12,12 @@ from zsq_fast.cli.arguments import Parser
 def run(words: Sequence[str]) -> int:
     parser = Parser("report", "Write one page (HTML, opens from disk, loads nothing) of finished runs.")
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="the directory of a finished run; several are compared")
+    add(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="the directory of a finished run, or a record of benchmarks.cifar10 (.json); several are compared",
+    )
     add(
         "-o",
         "--out",

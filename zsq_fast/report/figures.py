@@ -43,6 +43,9 @@ PANELS = (
 )  # fmt: skip
 
 
+UPDATES_NOTE = "Integer weights changed by gradient inundation, summed over the steps, per layer in the network's order; blank: none."
+
+
 @dataclass(frozen=True)
 class Entry:
     """A line of a legend: which run, which of the panel's curves, colour and dash as indices, and the last value."""
@@ -56,18 +59,45 @@ class Entry:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A panel with its picture, its legend, and its numbers as JSON holds them."""
+    """A panel with its picture, its legend, its numbers as JSON holds them, and the run where it shows only one."""
 
     panel: Panel
     svg: str
     legend: tuple[Entry, ...]
     numbers: Mapping[str, Any]
+    run: str = ""
 
 
 def draw_panels(runs: Sequence[Run]) -> list[Drawn]:
     """Every panel of which at least one run has something."""
-    drawn = (_draw(panel, runs) for panel in PANELS)
+    drawn = [_draw(panel, runs) for panel in PANELS]
+    drawn += [_heat_map(i, run) for i, run in enumerate(runs, 1) if run.updates]
     return [found for found in drawn if found is not None]
+
+
+def _heat_map(index: int, run: Run) -> Drawn:
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    first = min(epoch for epoch, _ in run.curves.get("student_loss", ((1, 0.0),)))
+    values = [[100 * value if value > 0 else math.nan for value in column] for column in zip(*run.updates, strict=True)]
+    known = [value for column in values for value in column if value == value] or [1.0]
+    figure = _figure()
+    axes = figure.subplots()
+    extent = (first - 0.5, first - 0.5 + len(run.updates), len(values) + 0.5, 0.5)
+    norm = LogNorm(min(known), max(max(known), 1.01 * min(known)))
+    image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest", norm=norm, extent=extent)
+    _style(axes)
+    axes.grid(False)
+    axes.set_ylabel("layer", color=INK, fontsize=10)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    bar = figure.colorbar(image, ax=axes, format=FuncFormatter(lambda value, _: f"{value:g}"))
+    bar.ax.tick_params(which="both", colors=INK, labelsize=10, length=0)
+    bar.ax.minorticks_off()
+    bar.outline.set_visible(False)
+    panel = Panel(f"run-{index}-update-ratios", "Codes changed in an epoch, %", UPDATES_NOTE, ())
+    numbers = {"figure": panel.title, "run": run.label, "first_epoch": first, "update_ratio": run.updates}
+    return Drawn(panel, _svg(figure, panel.name), (), numbers, run.label)
 
 
 def _draw(panel: Panel, runs: Sequence[Run]) -> Drawn | None:

@@ -14,7 +14,8 @@ from typing import Any
 from zsq_fast.errors import BadFileError, UsageError
 from zsq_fast.report.figures import SERIES, bars, draw_panels, picture
 from zsq_fast.report.published import Difference, Published, closest, differences, flat, published_rows
-from zsq_fast.report.reading import Analysis, Run, number, read_runs, show
+from zsq_fast.report.reading import Analysis, Run, labels, number, read_run, show
+from zsq_fast.report.records import read_record
 from zsq_fast.runs.storage import make_directory, replace_file, to_json, writing
 
 LIMIT = 3_000_000  # bytes of the page
@@ -111,7 +112,8 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "") -> tuple[Path
     """Writes the page of one run, or of several beside each other, and the folder with its figures and numbers.
 
     Args:
-        runs: directories of finished runs. out: the page; the folder is named after it, `report_files` beside `report.html`.
+        runs: directories of finished runs, or records of `benchmarks.cifar10` (JSON).
+        out: the page; the folder is named after it, `report_files` beside `report.html`.
         title: heading; by default what was run.
 
     Returns: the two paths.
@@ -138,6 +140,23 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "") -> tuple[Path
         replace_file(folder / name, data)
     replace_file(out, page)
     return out, folder
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """One `Run` per run directory or committed record.
+
+    Raises:
+        BadFileError: neither of them, not finished, or a file that is damaged or too large. UsageError: one is given twice.
+    """
+    places = [path.resolve() for path in paths]
+    for place in places:
+        if places.count(place) > 1:
+            raise UsageError(f"{place} is given twice; name each run once.")
+    names = zip(paths, labels(places), strict=True)
+    return [
+        read_record(path, label.removesuffix(".json")) if path.is_file() else read_run(path, label)
+        for path, label in names
+    ]
 
 
 def _check_libraries() -> None:
@@ -284,7 +303,7 @@ def _below(drop: float) -> str:
 
 def device(run: Run) -> str:
     if not run.device.startswith("cpu"):
-        return run.device
+        return run.device[:40]
     return f"{run.threads or '?'} CPU thread{'' if run.threads == 1 else 's'}"
 
 
@@ -382,13 +401,15 @@ def percent(value: float | None) -> str:
 
 def points(value: float | None) -> str:
     """A drop as a signed difference."""
-    return "–" if value is None else f"{-value:+.2f}".replace("-", MINUS)
+    if value is None or abs(value) < 0.005:
+        return "–" if value is None else "0.00"
+    return f"{-value:+.2f}".replace("-", MINUS)
 
 
 def minutes(value: float) -> str:
     if value >= 90:
         return f"{value / 60:.1f} hours"
-    return f"{value:.1f} minutes" if value >= 1 else f"{60 * value:.0f} seconds"
+    return f"{value:.1f} minutes" if value >= 1 else f"{60 * value:.1f} seconds"
 
 
 def command(run: Run) -> str:

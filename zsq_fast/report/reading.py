@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class Run:
         top1: percents on real test images by stage ("float", "rtn", "last", "chosen"); empty where none were given.
         chosen_epoch: 0-based, None where nothing was held out. agreement: share of held-out images by "chosen" and "last".
         curves: per name of CURVES the points (epochs done, value).
+        updates: step-summed share of changed codes, `[epochs][layers]`; empty without gradient inundation.
         classes: outputs of the network, 0 where its last weight does not tell.
         environment: (what, value) in the order of the page. command: the words of the command line.
     """
@@ -83,6 +84,7 @@ class Run:
     float_bytes: int
     packed_bytes: int
     curves: Mapping[str, tuple[tuple[int, float], ...]]
+    updates: tuple[tuple[float, ...], ...]
     layers: tuple[Layer, ...]
     left_float: tuple[tuple[str, str], ...]
     environment: tuple[tuple[str, str], ...]
@@ -156,20 +158,7 @@ def number(value: Any) -> float | None:
     return float(value) if abs(value) < 1e30 else None  # False for NaN too
 
 
-def read_runs(paths: list[Path]) -> list[Run]:
-    """One `Run` per directory.
-
-    Raises:
-        BadFileError: no run, not finished, or a file that is damaged or too large. UsageError: a directory given twice.
-    """
-    places = [path.resolve() for path in paths]
-    for place in places:
-        if places.count(place) > 1:
-            raise UsageError(f"{place} is given twice; name each run once.")
-    return [_read(path, label) for path, label in zip(paths, labels(places), strict=True)]
-
-
-def labels(places: list[Path]) -> list[str]:
+def labels(places: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths by which they differ."""
     for length in range(1, max(len(place.parts) for place in places)):
         found = ["/".join(place.parts[-length:]) for place in places]
@@ -190,7 +179,20 @@ def bounded(path: Path, limit: int) -> None:
         raise BadFileError(f"{path} is too large for a report: {status.st_size:,} bytes, at most {limit:,}.")
 
 
-def _read(path: Path, label: str) -> Run:
+def read_recipe(path: Path, values: Mapping[str, Any]) -> Recipe:
+    """BadFileError where a recipe is not one of this version."""
+    try:
+        return Recipe.from_dict(values)
+    except UsageError as error:
+        raise BadFileError(f"{path} is of another version, or damaged: {error}") from error
+
+
+def read_run(path: Path, label: str) -> Run:
+    """A finished run of `zsq-fast quantize`, `resume` or `reproduce`.
+
+    Raises:
+        BadFileError: no run, not finished, or a file that is damaged or too large.
+    """
     if not RunDir.is_run(path):
         raise BadFileError(f"{path} is not a run directory of zsq-fast.")
     for name in (MANIFEST, RECIPE, INFO):
@@ -200,13 +202,10 @@ def _read(path: Path, label: str) -> Run:
         raise BadFileError(f"{path} is not finished; run `zsq-fast resume {path}`.")
     bounded(path / RESULT, JSON_LIMIT)
     bounded(path / STUDENT, TENSOR_LIMIT)
-    try:
-        recipe = Recipe.from_dict(run.recipe)
-    except UsageError as error:
-        raise BadFileError(f"{path / RECIPE} is of another version, or damaged: {error}") from error
+    recipe = read_recipe(path / RECIPE, run.recipe)
     result, info = Fields(path / RESULT, run.load_json(RESULT)), Fields(path / INFO, run.info)
     job, tensors = info.table("job"), run.load_tensors(STUDENT)
-    layers = _layers(result, recipe, tensors)
+    history, layers = _history(run), _layers(result, recipe, tensors)
     sides = [number(side) for side in job.list("input_size")]
     held_out = result.table("held_out")
     chosen = result.values.get("chosen_epoch")
@@ -226,7 +225,8 @@ def _read(path: Path, label: str) -> Run:
         threads=result.whole("threads", 0),
         float_bytes=result.whole("float_bytes"),
         packed_bytes=result.whole("packed_bytes"),
-        curves=_curves(run),
+        curves=curves(history),
+        updates=tuple(tuple(r["update_ratio"]) for r in history if "update_ratio" in r),
         layers=layers,
         left_float=tuple(
             (site.text("name", "") or "the model", site.text("why", ""))
@@ -251,19 +251,39 @@ def _layers(result: Fields, recipe: Recipe, tensors: Mapping[str, torch.Tensor])
     )
 
 
-def _curves(run: RunDir) -> dict[str, tuple[tuple[int, float], ...]]:
+def _history(run: RunDir) -> list[dict[str, Any]]:
     path = run.path / METRICS
     if not path.exists():
-        return {}
+        return []
     bounded(path, JSON_LIMIT)
-    found: dict[str, list[tuple[int, float]]] = {name: [] for name in CURVES}
-    for record in run.read_metrics():
-        epoch = Fields(path, record).whole("epoch")
-        for name in CURVES:
-            value = number(record.get(name))
-            if value is not None:
-                found[name].append((epoch + 1, 100 * value if name == "held_out_agreement" else value))
-    return {name: tuple(points) for name, points in found.items() if points}
+    return epochs(path, run.read_metrics())
+
+
+def epochs(path: Path, records: list[Any]) -> list[dict[str, Any]]:
+    """The records of a history with what is drawn of them: the index, finite numbers, and `update_ratio` of finite numbers."""
+    found: list[dict[str, Any]] = []
+    for record in records:
+        fields = Fields(path, record, "history ")
+        kept: dict[str, Any] = {"epoch": fields.whole("epoch")}
+        kept |= {name: value for name in CURVES if (value := number(record.get(name))) is not None}
+        ratios = [number(value) for value in fields.list("update_ratio")]
+        if (
+            ratios
+            and None not in ratios
+            and all(len(ratios) == len(r["update_ratio"]) for r in found if "update_ratio" in r)
+        ):
+            kept["update_ratio"] = ratios
+        found.append(kept)
+    return found
+
+
+def curves(history: list[dict[str, Any]]) -> dict[str, tuple[tuple[int, float], ...]]:
+    """Per name the points (epochs done, value), agreement in percent."""
+    factor = {"held_out_agreement": 100}
+    points = {
+        name: tuple((r["epoch"] + 1, factor.get(name, 1) * r[name]) for r in history if name in r) for name in CURVES
+    }
+    return {name: found for name, found in points.items() if found}
 
 
 def _environment(info: Fields, result: Fields) -> tuple[tuple[str, str], ...]:
