@@ -248,7 +248,7 @@ def test_published_rows_of_a_run(runs):
         (lambda run: change(run, "result.json", top1=[1]), "top1. is no JSON object"),
         (lambda run: change(run, "result.json", left_float="x"), "'left_float' is not a list"),
         (lambda run: change(run, "run.json", job=[1]), "job. is no JSON object"),
-        (lambda run: (run / "metrics.jsonl").write_text('{"epoch": "x"}\n'), "'epoch' is not a finite number"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"epoch": "x"}\n'), "'history.epoch' is not a finite number"),
         (lambda run: (run / "metrics.jsonl").write_text("[\n{}\n"), "line 1: not valid JSON"),
         (lambda run: (run / "analysis" / "layers.json").write_text("["), "layers.json is damaged: not valid JSON"),
         (lambda run: (run / "analysis" / "layers.json").write_text("[" * 100_000), "layers.json is damaged: not valid JSON"),
@@ -270,6 +270,48 @@ def test_what_is_wrong_ends_in_one_sentence(capsys, ait, tmp_path, damage, messa
 
 def _newest(run: Path) -> Path:
     return run / "checkpoints" / checkpoint.directory_name(checkpoint.steps(run / "checkpoints")[-1])
+
+
+RECORDS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def test_committed_records(capsys, tmp_path):
+    """As in docs: AIT and HAST on CIFAR-10, whose run directories are not kept."""
+    names = ("ait_w4a4_1200+1000", "hast_w4a4_800+2000", "ait_w3a3_1200+1000")
+    files = [RECORDS / f"cifar10_resnet20_{name}_seed0.json" for name in names]
+    elements, folder = write(capsys, tmp_path / "report.html", *files)
+    text, report = words(elements), json.loads((folder / "report.json").read_text())
+    for run, file in zip(report["runs"], files, strict=True):
+        record = json.loads(file.read_text())
+        assert run["top1"] == record["results"] and run["minutes"] == record["minutes"]
+        assert run["drop"] == pytest.approx(record["results"]["float"] - record["results"]["last"])
+        assert f"{record['results']['last']:.2f} %" in text and record["environment"]["commit"] in text
+    assert [run["run"] for run in report["runs"]] == ["ait W4A4", "hast W4A4", "ait W3A3"]
+    assert [p["row"] for p in report["runs"][1]["published"]] == ["hast/main/hast-cifar10-w4a4"]
+    assert "92.36 %" in text and "3 runs of ResNet-20" in text and "A record holds no layers" in text
+    found = json.loads((folder / "run-3-update-ratios.json").read_text())
+    history = json.loads(files[2].read_text())["history"]
+    assert (
+        found["update_ratio"] == [r["update_ratio"] for r in history if "update_ratio" in r]
+        and found["first_epoch"] == 7
+    )
+    assert not (folder / "run-2-update-ratios.json").exists()
+
+
+def test_a_file_that_is_no_record(capsys, tmp_path):
+    file = tmp_path / "record.json"
+    record = json.loads((RECORDS / "cifar10_resnet20_ait_w4a4_1200+1000_seed0.json").read_text())
+    cases = (
+        ("{", "not valid JSON"),
+        ("{}", "neither a run directory nor a record of one student"),
+        (json.dumps({**record, "history": [{"epoch": None}]}), "'history.epoch' is not a finite number"),
+        (json.dumps({**record, "minutes": "long"}), "'minutes' is not a finite number"),
+        (json.dumps({**record, "recipe": {"name": 1}}), "of another version, or damaged"),
+    )
+    for text, message in cases:
+        file.write_text(text)
+        code, _, err = call(capsys, "report", file, "-o", tmp_path / "report.html")
+        assert code == 4 and message in assert_one_sentence(err)
 
 
 def test_numbers_that_would_break_a_picture_are_left_out(capsys, ait, tmp_path):

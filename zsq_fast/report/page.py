@@ -6,7 +6,7 @@ import base64
 import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -153,10 +153,9 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         if places.count(place) > 1:
             raise UsageError(f"{place} is given twice; name each run once.")
     names = zip(paths, labels(places), strict=True)
-    return [
-        read_record(path, label.removesuffix(".json")) if path.is_file() else read_run(path, label)
-        for path, label in names
-    ]
+    runs = [read_record(path, label) if path.is_file() else read_run(path, label) for path, label in names]
+    short = [f"{run.recipe.name} {run.bits}" if run.path.is_file() else run.label for run in runs]
+    return [replace(run, label=name) if short.count(name) == 1 else run for run, name in zip(runs, short, strict=True)]
 
 
 def _check_libraries() -> None:

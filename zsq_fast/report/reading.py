@@ -263,7 +263,7 @@ def epochs(path: Path, records: list[Any]) -> list[dict[str, Any]]:
     """The records of a history with what is drawn of them: the index, finite numbers, and `update_ratio` of finite numbers."""
     found: list[dict[str, Any]] = []
     for record in records:
-        fields = Fields(path, record, "history ")
+        fields = Fields(path, record, "history.")
         kept: dict[str, Any] = {"epoch": fields.whole("epoch")}
         kept |= {name: value for name in CURVES if (value := number(record.get(name))) is not None}
         ratios = [number(value) for value in fields.list("update_ratio")]

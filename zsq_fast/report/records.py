@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def read_record(path: Path, label: str) -> Run:
         layers=(),
         left_float=(),
         environment=_environment(record, where, gpu),
-        command=tuple(shlex.split(where.text("command", ""))),
+        command=tuple(where.text("command", "").split()),
         started=where.text("date", ""),
         test_images=f"{record.whole('test_images', 0):,} of {dataset}",
         analyses=(),
