@@ -314,6 +314,20 @@ def test_a_file_that_is_no_record(capsys, tmp_path):
         assert code == 4 and message in assert_one_sentence(err)
 
 
+def test_tracked_cosines_are_drawn(capsys, ait, tmp_path):
+    lines = [
+        {"epoch": e, "cosine": {"ce-kl": {"total": -0.1 * e, "batches": 3}, "fa-kl": {"total": None}}} for e in range(3)
+    ]
+    (ait / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    elements, folder = write(capsys, tmp_path / "report.html", ait)
+    (curve,) = json.loads((folder / "cosine.json").read_text())["curves"]
+    assert (
+        curve["curve"] == "CE-KL"
+        and curve["values"] == pytest.approx([0, -0.1, -0.2])
+        and "CE-KL -0.2" in words(elements)
+    )
+
+
 def test_numbers_that_would_break_a_picture_are_left_out(capsys, ait, tmp_path):
     lines = ['{"epoch": 0, "student_loss": 1e999, "top1": 1e300}', '{"epoch": 1, "student_loss": -1, "top1": "nan"}']
     (ait / "metrics.jsonl").write_text("\n".join([*lines, '{"epoch": 2, "student_loss": 0, "top1": 5}', ""]))

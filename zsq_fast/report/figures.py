@@ -11,25 +11,26 @@ from typing import Any
 
 from torch import Tensor
 
-from zsq_fast.report.reading import Run
+from zsq_fast.report.reading import PAIRS, Run
 
 # Drawn with the fallback, replaced by the variable: the same file is readable alone, and in light and dark inside the page.
 INK, FAINT = "#3d444d", "#d5d9de"
 SERIES = ("#0b7285", "#d9480f", "#7048c6", "#5c7c12", "#c2255c", "#946200", "#1864ab", "#5f6670")
 VARIABLES = {INK: "ink-soft", FAINT: "line", **{colour: f"s{i}" for i, colour in enumerate(SERIES)}}
-DASHES: tuple[Any, ...] = ("-", (0, (4, 2)))
+DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))
 MOST_POINTS = 2000  # of a curve; a longer one is thinned
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture: the curves it holds, a title, and a note on how to read it."""
+    """One picture: a title, a note on how to read it, the curves it holds (key, name), and its vertical axis."""
 
     name: str
     title: str
     note: str
     curves: tuple[tuple[str, str], ...]
     logarithmic: bool = False
+    cosine: bool = False
 
 
 PANELS = (
@@ -40,6 +41,8 @@ PANELS = (
           (("student_loss", ""),), logarithmic=True),
     Panel("generator-loss", "Losses of the generator", "Means of an epoch, logarithmic.",
           (("generator_ce", "cross entropy"), ("generator_bns", "batch-norm statistics")), logarithmic=True),
+    Panel("cosine", "Cosine of the gradients of two losses", "Of all parameters; below 0 the losses pull the student apart.",
+          tuple((pair, pair.upper()) for pair in PAIRS), cosine=True),
 )  # fmt: skip
 
 
@@ -121,6 +124,9 @@ def _draw(panel: Panel, runs: Sequence[Run]) -> Drawn | None:
         axes.plot(epochs, values, marker="o" if len(values) < 20 else None, markersize=3.5, **style)
     if panel.logarithmic and all(value > 0 for _, _, points in lines for _, value in points):
         axes.set_yscale("log")
+    if panel.cosine:
+        axes.set_ylim(-1.05, 1.05)
+        axes.axhline(0, color=INK, linewidth=0.8)
     _style(axes)
     legend = [Entry(runs[i].label, panel.curves[k][1], i % len(SERIES), k, points[-1][1]) for i, k, points in lines]
     numbers = {

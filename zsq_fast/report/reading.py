@@ -23,7 +23,8 @@ from zsq_fast.runs.storage import check_name, from_json
 
 RESULT, STUDENT, ANALYSES = "result.json", "student.safetensors", "analysis"
 JSON_LIMIT, PICTURE_LIMIT, TENSOR_LIMIT = 16 << 20, 1 << 20, 4 << 30  # bytes
-CURVES = ("student_loss", "generator_ce", "generator_bns", "held_out_agreement", "held_out_kl", "top1")
+PAIRS = ("ce-kl", "fa-kl", "ce-fa")  # of losses, whose gradients a run may have tracked
+CURVES = ("student_loss", "generator_ce", "generator_bns", "held_out_agreement", "held_out_kl", "top1", *PAIRS)
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ROWS = 24  # of an analysis' numbers on the page; all are in its JSON
 
@@ -266,6 +267,12 @@ def epochs(path: Path, records: list[Any]) -> list[dict[str, Any]]:
         fields = Fields(path, record, "history.")
         kept: dict[str, Any] = {"epoch": fields.whole("epoch")}
         kept |= {name: value for name in CURVES if (value := number(record.get(name))) is not None}
+        cosines = fields.table("cosine")
+        kept |= {
+            pair: cosines.table(pair).number("total")
+            for pair in PAIRS
+            if cosines.table(pair).values.get("total") is not None
+        }
         ratios = [number(value) for value in fields.list("update_ratio")]
         if (
             ratios
