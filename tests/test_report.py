@@ -322,7 +322,7 @@ def test_tracked_cosines_are_drawn(capsys, ait, tmp_path):
     elements, folder = write(capsys, tmp_path / "report.html", ait)
     (curve,) = json.loads((folder / "cosine.json").read_text())["curves"]
     assert (
-        curve["curve"] == "CE-KL"
+        curve["curve"] == "ce-kl"
         and curve["values"] == pytest.approx([0, -0.1, -0.2])
         and "CE-KL -0.2" in words(elements)
     )

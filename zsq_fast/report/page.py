@@ -57,7 +57,7 @@ class Known:
 KNOWN = {
     "forecast": Known("Forecast", "The drop expected from how student and float network differ on held-out synthetic images."),
     "cosine": Known("Gradient cosines", "Whether the losses pull the student the same way: 1 the same, 0 unrelated, −1 opposed."),
-    **dict.fromkeys(("hessian", "curvature"), Known("Curvature", "The Hessian at the student: the smaller its eigenvalues, the flatter the loss.")),
+    **dict.fromkeys(("hessian", "curvature"), Known("Curvature", "The smaller the Hessian's eigenvalues, the flatter the loss.")),
     "surface": Known("Loss surface", "Losses around the student, on the same axes."),
     "updates": Known("Changed codes", "Share of integer weights that change, per layer and epoch."),
     "samples": Known("Images", "How hard the synthetic images are for the float network, and how much those of a class differ."),
