@@ -102,7 +102,7 @@ def make_hostile(run: Path) -> None:
         "run.json",
         job=job,
         command=["zsq-fast", EVIL],
-        commit=EVIL,
+        commit=EVIL + "\ud800",
         started=EVIL,
         versions={EVIL: EVIL},
         machine={EVIL: EVIL},

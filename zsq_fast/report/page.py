@@ -128,7 +128,7 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "") -> tuple[Path
     found = read_runs(list(runs))
     files: dict[str, bytes] = {}
     folder = out.with_name(f"{out.stem}_files")
-    page = _page(found, folder.name, files, title).encode()
+    page = _page(found, folder.name, files, title).encode(errors="replace")  # half a surrogate pair is valid JSON
     if len(page) > LIMIT:
         raise UsageError(
             f"the page of {len(found)} runs would be {len(page) / 1e6:.1f} MB, and it may be {LIMIT / 1e6:.0f}: report fewer at once, "
