@@ -30,6 +30,7 @@ ALLOWED = {
     "papers": {"errors"},
     "methods": {"nn", "optim", "losses", "ops", "runs", "errors"},
     "analysis": {"methods", "nn", "losses", "ops", "runs", "errors"},
+    "report": {"methods", "runs", "papers", "errors"},
 }
 
 

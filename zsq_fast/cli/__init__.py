@@ -26,6 +26,7 @@ VERBS = {
         "look into a finished run: layers, samples, updates, forecast of the accuracy drop",
     ),
     "reproduce": ("zsq_fast.cli.reproduce", "train a row of a paper's table and set it beside the published number"),
+    "report": ("zsq_fast.cli.report", "write one page (HTML) of a finished run, or of several beside each other"),
     "recipes": ("zsq_fast.cli.recipes", "list the methods"),
     "demo": ("zsq_fast.cli.demo", "train a small network on handwritten digits, quantize it, print the table"),
     "env": ("zsq_fast.cli.environment", "versions, kernels and what to do about missing ones"),
