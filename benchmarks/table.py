@@ -108,19 +108,21 @@ def results() -> str:
         lines = [
             f"### W{bits}A{bits}",
             "",
-            "| method | generator alone + student steps, batch | images | round to nearest | last epoch | drop | published drop | "
-            "minutes | packed |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+            "| method | generator alone + student steps, batch | images | round to nearest | last epoch | drop | chosen epoch | "
+            "published drop | minutes | packed |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]
         for path, r in _records(bits):
             recipe, result, size = r["recipe"], r["results"], r["summary"]
             warmup, student = _steps(r)
             theirs = published.get(recipe["name"])
             images = recipe.get("images", {})
+            chosen = f"{result['chosen']:.2f}" if "chosen" in result else ""
             lines.append(
                 f"| {TITLES[recipe['name']]} | {warmup:,} + {student:,}, {recipe['schedule']['batch_size']} | "
                 f"{images['count'] if images.get('enabled') else ''} | {result['rtn']:.2f} | [{result['last']:.2f}]"
                 f"(../benchmarks/results/{path.name}) | {result['float'] - result['last']:.2f} | "
+                f"{chosen} | "
                 f"{'' if theirs is None else f'{theirs.float_top1 - theirs.top1:.2f}'} | {r['minutes']:.0f} | "
                 f"{size['packed_bytes'] / 1e6:.2f} of {size['float_bytes'] / 1e6:.2f} MB |"
             )
