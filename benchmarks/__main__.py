@@ -26,7 +26,6 @@ from benchmarks.cases import CASES, Case, layer_cases
 Samples = dict[str, list[float]]
 OTHERS = ("reference", "aten", "compile", "copy")
 LEAST_SECONDS, MOST_ROUNDS = 1.0, 400  # of a case; what lasts longer has the rounds asked for
-TRIES = 3  # how often a case below its gate is measured
 
 
 def timer(device: str) -> Callable[[Callable[[], Any]], float]:
@@ -123,16 +122,16 @@ def main() -> int:
     ap.add_argument("--cold", action="store_true", help="256 MB go through the caches before every call")
     ap.add_argument(
         "--memory",
-        choices=["mapped", "kept", "fresh"],
-        default="mapped",
-        help="results of the others on the CPU: always mapped afresh; kept as ours are; ours mapped afresh too",
+        choices=["default", "mapped", "kept", "fresh"],
+        default="default",
+        help="results of the others on the CPU: as malloc pleases; always mapped afresh; kept as ours are; ours mapped afresh too",
     )
     ap.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes to compile")
     ap.add_argument("--device", default="cpu")
     ap.add_argument("--json", type=Path, help="write a record with the environment and every sample")
     ap.add_argument("--gate", action="store_true", help="exit 1 when a ratio falls below its gate (two CPU cores)")
     args = ap.parse_args()
-    if args.device == "cpu":
+    if args.device == "cpu" and args.memory != "default":
         settle_malloc(args.memory == "kept")
     cases = layer_cases(args.device) if args.layers else (make(args.device) for make in CASES)
     results, failed = [], []
@@ -142,13 +141,7 @@ def main() -> int:
             continue
         if args.no_compile:
             case.variants.pop("compile", None), case.gates.pop("compile", None)
-        samples: Samples = {name: [] for name in case.variants}
-        for _ in range(TRIES if args.gate else 1):  # the machine's other guests come and go: more rounds, for everybody
-            more = measure(case, args.rounds, args.device, args.cold, args.memory == "fresh")
-            samples = {name: taken + more[name] for name, taken in samples.items()}
-            result = row(case, samples)
-            if not below_gate(result):
-                break
+        result = row(case, measure(case, args.rounds, args.device, args.cold, args.memory == "fresh"))
         ratios = "".join(f"{result['ratios'].get(name, float('nan')):10.1f}x" for name in OTHERS).replace(
             "nanx", "  - "
         )

@@ -2,7 +2,7 @@
 
 Variants of a case: `kernel` (ours), `reference` (plain PyTorch as the research code writes it), `aten` (the best chain of PyTorch's
 own operations; its quantizers are given their range), `compile` (torch.compile of the reference) and `copy` (`Tensor.copy_` of the
-largest tensor into a buffer that is there). Ours keep the memory of their results; `--memory` says what the others pay for theirs.
+largest tensor into a buffer that is there). Everybody runs with PyTorch's allocator as it is; ours keep the memory of their results.
 """
 
 from __future__ import annotations

@@ -159,13 +159,12 @@ def _times(ratio: float | None) -> str:
 
 
 def kernels() -> str:
-    path, record = _load("kernels_*_hot_mapped.json")[0]
+    path, record = _load("kernels_*_hot_default.json")[0]
     kept_path, kept = _load("kernels_*_hot_kept.json")[0]
     machine = record["environment"]
     lines = [
         f"Kernels on {machine['threads']} cores ({machine['cpu_isa']}): how many times as fast as what else computes the same, fastest of "
-        f"{record['rounds']} or more interleaved rounds, the others' large arrays mapped afresh at every call. In brackets: their memory "
-        "kept between calls too, as ours always is "
+        f"{record['rounds']} or more interleaved rounds. In brackets: the others' memory kept between calls too, as ours always is "
         f"([record](benchmarks/results/{path.name}), [second](benchmarks/results/{kept_path.name}), [more](docs/performance.md)):",
         "",
         f"| | kernel | {' | '.join(OTHERS.values())} |",
@@ -248,7 +247,7 @@ def draw(path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    _, record = _load("kernels_*_hot_mapped.json")[0]
+    _, record = _load("kernels_*_hot_default.json")[0]
     _, kept = _load("kernels_*_hot_kept.json")[0]
     cases, same = ([case for case in r["cases"] if case["gates"]][::-1] for r in (record, kept))
     figure, axes = plt.subplots(figsize=(9, 0.62 * len(cases) + 1.4), layout="constrained")

@@ -21,7 +21,7 @@ def make_parser() -> Parser:
         type=integer(0),
         default=0,
         metavar="N",
-        help="record the cosines between the gradients of CE, KL and FA at every Nth step (0: at none; 20 costs little)",
+        help="record the cosines between the gradients of CE, KL and FA at every Nth step (0: at none)",
     )
     add("--track-updates", action="store_true", help="record per epoch and layer which integer weights changed")
     add_job_options(parser, data="--eval-data", limit="--eval-limit")
