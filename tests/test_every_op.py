@@ -43,6 +43,23 @@ def test_any_number_of_threads_gives_the_same_bits(name, dtype, channels_last):
     assert all(t.isfinite().all() for t in results[0])
 
 
+LOSSES = {
+    "bn_eval_sums": lambda t, x: ops.bn_eval_sums(x, t["mean"], t["var"])[1].sum(),
+    "bn_stats_loss": lambda t, x: ops.bn_stats_loss(torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))]), t["var"], 4761),
+    "bn_stats_match": lambda t, x: ops.bn_stats_match(x, t["mean"], t["var"]),
+    "fake_quant_learned": lambda t, x: ops.fake_quant_learned(x, t["step"], -4, 3).square().sum(),
+    "feature_alignment": lambda t, x: ops.feature_alignment(x, t["other"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_second_derivative_is_refused_not_zero(name, device):
+    t = inputs(device, torch.float64)
+    x = t["x"].requires_grad_()
+    with pytest.raises(NotImplementedError, match=f"zsq::{name}_backward: no second derivative"):
+        torch.autograd.grad(LOSSES[name](t, x), x, create_graph=True)
+
+
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)

@@ -22,7 +22,21 @@ void mark_changed(const Tensor& t) {
   if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
 }
 bool wants_grad(const Tensor& t) { return at::GradMode::is_enabled() && t.requires_grad(); }
+
+// The fused backward passes have no derivative. Without this autograd would take their results for constants.
+void first_derivative_only(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  for (const auto& value : torch::jit::last(*stack, op.schema().arguments().size()))
+    TORCH_CHECK_NOT_IMPLEMENTED(!value.isTensor() || !wants_grad(value.toTensor()), op.schema().name(),
+                                ": no second derivative; differentiate without create_graph");
+  op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+}
 }  // namespace
+
+TORCH_LIBRARY_IMPL(zsq, Autograd, m) {
+  for (const char* op : {"bn_act_fake_quant_backward", "bn_eval_sums_backward", "bn_stats_loss_backward",
+                         "bn_stats_match_backward", "fake_quant_learned_backward", "feature_alignment_backward"})
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&first_derivative_only>());
+}
 }  // namespace zsq
 
 #include "bn_act/autograd.inc"
