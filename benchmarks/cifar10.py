@@ -99,6 +99,8 @@ class Job:
                 progress=None if first else Progress(),
                 share=first,
                 image_dir=self.args.images,
+                track_cosine=self.args.track_cosine,
+                track_updates=self.args.track_updates,
             )
         )
         return self.trainers[-1]
@@ -190,6 +192,8 @@ def main() -> None:
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     ap.add_argument("--limit", type=int)
     ap.add_argument("--eval-every", type=int)
+    ap.add_argument("--track-cosine", type=int, default=0, metavar="N", help="into the records: see zsq-fast quantize")
+    ap.add_argument("--track-updates", action="store_true")
     ap.add_argument("--images", type=Path, help="where optimised images are kept and looked for")
     ap.add_argument("--out", type=Path, default=record.RESULTS)
     job = Job(ap.parse_args())

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from networks import residual
 
 import zsq_fast as zsq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import cifar10, record
+from benchmarks import cifar10, record, tracking
 from benchmarks.__main__ import below_gate, measure, row
 from benchmarks.cases import Case
 
@@ -44,6 +45,20 @@ def test_rounds_go_on_until_a_second_has_passed(monkeypatch):
     assert len(measure(case, 2, "cpu", cold=False, fresh=False)["kernel"]) == 2
     (message,) = below_gate(row(case, samples))
     assert message.startswith("x: ") and "the gate is 1e+09" in message
+
+
+@pytest.mark.parametrize("recipe", ["ait", "hast"])
+def test_tracking_is_timed_against_the_same_student_without(recipe, monkeypatch):
+    clocks: list[tracking.Clock] = []
+    make = tracking.Clock
+    monkeypatch.setattr(tracking, "Clock", lambda: clocks.append(make()) or clocks[-1])
+    rows = tracking.measure(residual(), recipe, 2)
+    assert [row["tracking"] for row in rows] == ["none", "again", "cosine", "updates"]
+    assert rows[0]["added_percent"] == 0 and all(row["seconds_per_step"] > 0 for row in rows)
+    for clock in clocks:  # float, range calibration, the end
+        assert len(clock.noted) == 3 and clock.noted[0] == 0 < clock.noted[1] < clock.trainer.state.seconds
+    assert [clock.trainer.track_cosine for clock in clocks] == [0, 0, 20, 0]
+    assert [clock.trainer.updates is None for clock in clocks] == [True, True, True, False]
 
 
 def test_a_record_is_its_json_with_lists_of_numbers_on_one_line(tmp_path):

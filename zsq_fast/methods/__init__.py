@@ -43,6 +43,7 @@ def quantize(
     progress: bool = True,
     channels_last: bool | None = None,
     force: bool = False,
+    track_cosine: int = 0,
     track_updates: bool = False,
 ) -> nn.Module:
     """Quantize a trained network without its data.
@@ -57,7 +58,7 @@ def quantize(
         run_dir: new directory for recipe, metrics, checkpoints, the final student and the one chosen on held-out images.
         resume: go on with the run in `run_dir` from its newest checkpoint, with the recipe and seed it began with.
         evaluate: returns top-1 in percent on real data; printed, never used to choose anything.
-        track_updates: see `Trainer`; a resumed run goes on as it began.
+        track_cosine, track_updates: see `Trainer`; a resumed run goes on as it began.
 
     Returns:
         The quantized student in eval mode; `zsq_fast.nn.summarize(student)` tells what was quantized.
@@ -80,6 +81,7 @@ def quantize(
         )
     elif overrides or weight_bits is not None or act_bits is not None or schedule != "paper":
         raise UsageError("a resolved Recipe already holds its numbers: give bits and overrides to load_recipe")
+    tracking: dict[str, Any] = {"track_cosine": track_cosine, "track_updates": track_updates}
     options: dict[str, Any] = dict(
         input_size=input_size,
         seed=seed,
@@ -87,17 +89,17 @@ def quantize(
         progress=Progress(quiet=not progress),
         channels_last=channels_last,
         force=force,
-        track_updates=track_updates,
+        **tracking,
     )
     if run_dir is None:
         return Trainer(teacher, recipe, **options).run().student
     if resume:
         with RunDir.open(run_dir) as run:
             options |= {"seed": run.info["seed"], "input_size": run.info["input_size"]}
-            options["track_updates"] = run.info.get("track_updates", False)
+            options |= {name: run.info.get(name, 0) for name in tracking}
             return _run(Trainer(teacher, Recipe.from_dict(run.recipe), **options), run)
     trainer = Trainer(teacher, recipe, **options)  # before the directory: a model that is refused leaves nothing behind
-    info = {"seed": seed, "input_size": list(input_size), "track_updates": track_updates}
+    info = {"seed": seed, "input_size": list(input_size), **tracking}
     with RunDir.create(run_dir, trainer.recipe.to_dict(), info) as run:
         return _run(trainer, run)
 
