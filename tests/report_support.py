@@ -108,6 +108,6 @@ def make_hostile(run: Path) -> None:
         machine={EVIL: EVIL},
     )
     texts = dict(model=EVIL, device=EVIL, eval_data=EVIL, left_float=[{"name": EVIL, "kind": EVIL, "why": EVIL}])
-    change(run, "result.json", **texts)
+    change(run, "result.json", **texts, forecast={"text": EVIL})
     put(run, "layers", {"layers": [{"name": EVIL, "kind": EVIL, "bits": EVIL, "histogram": [EVIL, 1]}]})
     put(run, "forecast", {EVIL: {EVIL: EVIL}})

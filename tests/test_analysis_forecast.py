@@ -109,6 +109,33 @@ def test_the_outlook_is_checked_against_what_was_measured(monkeypatch):
     assert checked.to_dict()["forecast"]["drop"] == checked.forecast.drop
 
 
+def test_before_a_run_the_drops_of_the_committed_ones_are_known(monkeypatch):
+    points = made(20)
+    ablation = replace(points[0], record="x_ablation_y.json a", drop=99.0)
+    monkeypatch.setattr(module, "calibration", lambda: Calibration([*points, ablation]))
+    drops = sorted(p.drop for p in points if p.weight_bits == 3)
+    found = module.prior((3.0, 3.0))
+    assert (found.low, found.high, found.runs, found.level) == (drops[0], drops[-1], 10, 9 / 11)
+    assert found.drop == pytest.approx((drops[4] + drops[5]) / 2) and "(82% interval; 10 runs at these bits" in str(
+        found
+    )
+    for measured, word in ((drops[0], "inside"), (drops[-1] + 0.1, "outside")):
+        assert str(module.prior((3.0, 3.0), measured)).endswith(f"; measured {measured:.2f}, {word}")
+    with pytest.raises(UsageError, match="0 committed runs at W8A8"):
+        module.prior((8, 8))
+
+
+def test_the_interval_before_a_run_holds_what_it_promises(monkeypatch):
+    """(n - 1) / (n + 1) of new runs like the n known ones, from their order alone."""
+    inside = total = 0
+    for seed in range(300):
+        points = [replace(p, weight_bits=3, act_bits=3) for p in made(11, noise=0.3, seed=seed)]
+        monkeypatch.setattr(module, "calibration", lambda known=points[:10]: Calibration(known))
+        found = module.prior((3, 3))
+        inside, total = inside + (found.low <= points[10].drop <= found.high), total + 1
+    assert inside / total == pytest.approx(9 / 11, abs=0.07)
+
+
 def student(name: str, bits: int, **more) -> dict:
     history = [{"epoch": 0}, {"epoch": 1, "held_out_agreement": 0.9, "held_out_kl": 0.1}]
     quant = {"weight_bits": bits, "act_bits": bits, "average_weight_bits": 0.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -227,16 +228,22 @@ def test_a_run_prints_its_forecast(capsys, tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(forecast, "calibration", lambda: Calibration([]))  # too few
         out = train(capsys, tiny, tmp_path / "without", "kl_only")
-        assert json.loads((out / "result.json").read_text())["forecast"] is None
+        held = json.loads((out / "result.json").read_text())
+        assert held["forecast"] is None and held["forecast_before"] is None
         code, printed, _ = call(capsys, "resume", out)
         assert code == 0 and "forecast without data" not in printed
-    calibrated(monkeypatch)
+    known = [replace(p, weight_bits=3, act_bits=4) for p in made(20, noise=0.3)]
+    monkeypatch.setattr(forecast, "calibration", lambda: Calibration(known))
     out = train(capsys, tiny, tmp_path / "with", "kl_only", "--eval-data", tiny.images)
     held = json.loads((out / "result.json").read_text())
     assert held["forecast"]["kl"] == held["held_out"]["last"]["kl"]
     assert held["forecast"]["measured"] == pytest.approx(held["top1"]["float"] - held["top1"]["last"])
+    assert held["forecast_before"]["measured"] == held["forecast"]["measured"]
     code, printed, _ = call(capsys, "resume", out)
     assert code == 0 and "forecast without data: top-1 drops by" in printed and "measured on the test images" in printed
+    assert "forecast before training: top-1 drops by" in printed and "; measured " in printed
+    code, printed, _ = call(capsys, "quantize", *tiny.model, "--recipe", "kl_only", "-w", 3, "-a", 4, *RUN, "--dry-run")
+    assert code == 0 and "forecast before training: top-1 drops by" in printed and "; measured " not in printed
     out = train(capsys, tiny, tmp_path / "rtn", "rtn")
     assert json.loads((out / "result.json").read_text())["forecast"] is None  # nothing was held out
     code, _, err = analyze(capsys, out, "forecast", "--no-pictures")

@@ -184,6 +184,18 @@ def test_layers_and_analyses(capsys, runs, tmp_path):
     assert path == bars([1, 2, 3, 4, 4, 3, 2, 1]) and path.count("v-") == 8
 
 
+def test_forecasts_as_the_run_printed_them(capsys, ait, hast, tmp_path):
+    texts = {
+        "forecast_before": "forecast before training: 1 to 3 points",
+        "forecast": "forecast without data: 2\n  from KL",
+    }
+    change(ait, "result.json", **{name: {"text": text} for name, text in texts.items()})
+    text = words(write(capsys, tmp_path / "report.html", ait)[0])
+    assert "Forecast before training: 1 to 3 points. Forecast without data: 2 from KL. Accuracies are" in text
+    text = words(write(capsys, tmp_path / "report.html", ait, hast)[0])
+    assert "ait: forecast before training: 1 to 3 points." in text and "hast: forecast" not in text
+
+
 def test_markup_in_a_run_stays_text(capsys, ait, hast, tmp_path):
     make_hostile(ait)
     ait = ait.rename(tmp_path / EVIL.replace("/", "_"))
@@ -246,6 +258,7 @@ def test_published_rows_of_a_run(runs):
         (lambda run: change(run, "result.json", packed_bytes=1.5), "'packed_bytes' is not a whole number"),
         (lambda run: change(run, "result.json", model=["x"]), "'model' is not a text"),
         (lambda run: change(run, "result.json", top1=[1]), "top1. is no JSON object"),
+        (lambda run: change(run, "result.json", forecast="x"), "forecast. is no JSON object"),
         (lambda run: change(run, "result.json", left_float="x"), "'left_float' is not a list"),
         (lambda run: change(run, "run.json", job=[1]), "job. is no JSON object"),
         (lambda run: (run / "metrics.jsonl").write_text('{"epoch": "x"}\n'), "'history.epoch' is not a finite number"),

@@ -22,6 +22,7 @@ from zsq_fast.errors import UsageError
 DATA = "forecast.json"
 LEVEL = 0.9  # of the interval
 LEAST_POINTS, LEAST_RECIPES = 10, 5  # below 9 points no quantile of their residuals reaches the level
+ABLATION = "_ablation_"  # in the name of a record of shorter runs
 # What a forecast may look at, simplest first: the first of equal error is taken.
 INPUTS = (("kl",), ("agreement",), ("kl", "agreement"), ("kl", "bits"))
 
@@ -212,6 +213,48 @@ def outlook(agreement: float, kl: float, bits: tuple[float, float], measured: fl
     held, _ = read_points()
     about = f"{held['network']}: {calibration()}"
     return Outlook(agreement, kl, *bits, forecast(agreement, kl, bits), about, measured)
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What is known of the drop before a run: that of all committed runs of these bits, whatever their recipe.
+
+    Attributes:
+        drop: their median. low, high: the least and the most of `runs` runs, between which another one of their kind lies with
+            probability `level` = (runs - 1) / (runs + 1), the order of exchangeable draws.
+    """
+
+    drop: float
+    low: float
+    high: float
+    level: float
+    runs: int
+    network: str
+    measured: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        text = (
+            f"forecast before training: top-1 drops by {self.drop:.2f} points, {self.low:.2f} to {self.high:.2f} "
+            f"({self.level:.0%} interval; {self.runs} runs at these bits of {self.network})"
+        )
+        if self.measured is None:
+            return text
+        inside = "inside" if self.low <= self.measured <= self.high else "outside"
+        return f"{text}; measured {self.measured:.2f}, {inside}"
+
+
+def prior(bits: tuple[float, float], measured: float | None = None) -> Prior:
+    """Raises UsageError: fewer runs at these bits than LEAST_RECIPES, ablations (shorter runs) aside, or not calibrated."""
+    held, _ = read_points()
+    drops = sorted(
+        p.drop for p in calibration().points if (p.weight_bits, p.act_bits) == tuple(bits) and ABLATION not in p.record
+    )
+    if (n := len(drops)) < LEAST_RECIPES:
+        raise UsageError(f"{n} committed runs at W{bits[0]:g}A{bits[1]:g}: too few for a forecast before training.")
+    return Prior(float(np.median(drops)), drops[0], drops[-1], (n - 1) / (n + 1), n, held["network"], measured)
 
 
 def of_subject(subject: Subject) -> Outlook:

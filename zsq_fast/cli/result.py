@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from zsq_fast.analysis.forecast import outlook
+from zsq_fast.analysis.forecast import Prior, outlook, prior
 from zsq_fast.cli.job import Job
 from zsq_fast.errors import BadFileError, UsageError
 from zsq_fast.methods import Recipe, Result, student_like
@@ -33,14 +33,15 @@ STAGES = {
 
 def record(job: Job, recipe: Recipe, result: Result, student: Path) -> dict[str, Any]:
     """The content of result.json; accuracies are top-1 percents and absent without test images. `held_out`: what the epoch was
-    chosen by, of that epoch and of the last; `forecast` of the last epoch, where it is calibrated; `best_on_test` only where every
-    so-manieth epoch was measured."""
+    chosen by, of that epoch and of the last; `forecast` of the last epoch and `forecast_before` of the run, where they are
+    calibrated; `best_on_test` only where every so-manieth epoch was measured."""
     held_out = {
         name: {key: result.history[epoch][f"held_out_{key}"] for key in ("agreement", "kl")}
         for name, epoch in (("chosen", result.chosen_epoch), ("last", -1))
         if result.chosen_epoch is not None and epoch is not None
     }
     top1 = {name: float(value) for name, value in result.evaluations.items()}
+    before = expectation(recipe, top1)
     first = recipe.schedule.warmup_epochs
     measured = [r["top1"] for r in result.history[first:] if r.get("top1") is not None] if job.eval_every else []
     return {
@@ -58,6 +59,7 @@ def record(job: Job, recipe: Recipe, result: Result, student: Path) -> dict[str,
         "chosen_epoch": result.chosen_epoch,
         "held_out": held_out,
         "forecast": _forecast(recipe, held_out.get("last"), top1),
+        "forecast_before": None if before is None else {**before.to_dict(), "text": str(before)},
         "minutes": result.seconds / 60,
         "student": str(student.resolve()),
         **result.summary.to_dict(),
@@ -68,13 +70,27 @@ def _forecast(recipe: Recipe, held_out: Mapping[str, float] | None, top1: Mappin
     """Of the last epoch's accuracy drop; None where nothing was held out or the forecast is not calibrated."""
     if held_out is None:
         return None
-    measured = top1["float"] - top1["last"] if "last" in top1 else None
-    bits = (recipe.quant.nominal_weight_bits, float(recipe.quant.act_bits))
     try:
-        found = outlook(held_out["agreement"], held_out["kl"], bits, measured)
+        found = outlook(held_out["agreement"], held_out["kl"], _bits(recipe), _drop(top1))
     except UsageError:
         return None
     return {**found.to_dict(), "text": str(found)}
+
+
+def expectation(recipe: Recipe, top1: Mapping[str, float] = {}) -> Prior | None:
+    """What is known of a run before it starts, beside what came out if that is known; None where nothing is."""
+    try:
+        return prior(_bits(recipe), _drop(top1)) if recipe.student.enabled else None
+    except UsageError:
+        return None
+
+
+def _bits(recipe: Recipe) -> tuple[float, float]:
+    return recipe.quant.nominal_weight_bits, float(recipe.quant.act_bits)
+
+
+def _drop(top1: Mapping[str, float]) -> float | None:
+    return top1["float"] - top1["last"] if "last" in top1 else None
 
 
 def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
@@ -95,8 +111,8 @@ def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     if chosen is not None:
         shares = (f"{100 * result['held_out'][name]['agreement']:.2f} % {name}" for name in ("chosen", "last"))
         print(f"  epoch {chosen + 1} agrees best with the float network on synthetic images: {', '.join(shares)}")
-    if result.get("forecast"):
-        print("\n".join(f"  {line}" for line in result["forecast"]["text"].splitlines()))
+    for found in filter(None, (result.get("forecast_before"), result.get("forecast"))):
+        print("\n".join(f"  {line}" for line in found["text"].splitlines()))
     for site in result["left_float"]:
         print(f"  stays float: {site['name'] or 'the model'} ({site['kind']}): {site['why']}")
     print(f"{result['minutes']:.1f} minutes; fake-quantized student: {result['student']}")
@@ -113,6 +129,8 @@ def print_plan(job: Job, recipe: Recipe, summary: Summary, cost: Estimate, *, ru
     plan["generator_steps"], plan["student_steps"] = recipe.generator_steps, recipe.student_steps
     plan["estimate"] = {**cost.to_dict(), "runs": runs}
     plan["images"] = recipe.generator_steps * schedule.batch_size
+    before = expectation(recipe)
+    plan["forecast_before"] = None if before is None else before.to_dict()
     if as_json:
         print(json.dumps(plan, indent=1))
         return
@@ -121,6 +139,8 @@ def print_plan(job: Job, recipe: Recipe, summary: Summary, cost: Estimate, *, ru
     if recipe.images.enabled:
         print(f"images: {recipe.images.count} optimised, {recipe.images.batch_size} at a time")
     _print_estimate(cost, runs, job.threads)
+    if before is not None:
+        print(before)
     print(summary)
     for title, values in (("recipe", _flat(plan["recipe"])), ("job", _flat(plan["job"]))):
         print(f"{title}:")

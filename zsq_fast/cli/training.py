@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from zsq_fast.cli.job import Job, evaluator, load
-from zsq_fast.cli.result import CHOSEN, RESULT, STUDENT, print_plan, record
+from zsq_fast.cli.result import CHOSEN, RESULT, STUDENT, expectation, print_plan, record
 from zsq_fast.errors import Interrupted
 from zsq_fast.methods import Recipe, Trainer, student_like
 from zsq_fast.methods.estimate import estimate
@@ -64,6 +64,8 @@ def execute(run_dir: RunDir, job: Job, trainer: Trainer) -> dict[str, Any]:
     """Trains from the newest checkpoint (or the start) to the end, writes the students and result.json, returns its content."""
     trainer.run_dir = run_dir
     trainer.resume_hint = f"zsq-fast resume {run_dir.path}{' --allow-import' if job.allow_import else ''}"
+    if (before := expectation(trainer.recipe)) is not None:
+        trainer.progress.message(str(before))
     try:
         trainer.restore()
         result = trainer.run()

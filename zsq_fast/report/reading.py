@@ -68,6 +68,7 @@ class Run:
         updates: step-summed share of changed codes, `[epochs][layers]`; empty without gradient inundation.
         classes: outputs of the network, 0 where its last weight does not tell.
         environment: (what, value) in the order of the page. command: the words of the command line.
+        forecasts: of the accuracy drop, as the run printed them: before training, and after it.
     """
 
     path: Path
@@ -94,6 +95,7 @@ class Run:
     test_images: str
     analyses: tuple[Analysis, ...]
     sheet: Sheet | None
+    forecasts: tuple[str, ...] = ()
 
     @property
     def bits(self) -> str:
@@ -239,6 +241,11 @@ def read_run(path: Path, label: str) -> Run:
         test_images=f"{Path(data).name}{f', {limit} of them' if limit else ''}" if data else "",
         analyses=_analyses(path / ANALYSES),
         sheet=read_sheet(run, job.list("mean"), job.list("std")),
+        forecasts=tuple(
+            text
+            for name in ("forecast_before", "forecast")
+            if (text := " ".join(result.table(name).text("text", "").split()))
+        ),
     )
 
 
