@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,72 @@ def demo() -> str:
     return "\n".join(lines)
 
 
+PAIRS = {"ce-kl": "CE and KL", "fa-kl": "FA and KL", "ce-fa": "CE and FA"}
+
+
+def analyses() -> str:
+    """Curvature, cosines and changed codes of the analysed runs, what tracking them cost, and the pictures."""
+    found = {r["recipe"]["name"]: (path, r) for path, r in _load("analyses_*.json")}
+    runs = {title: found[name] for name, title in TITLES.items() if name in found}
+    if not runs:
+        return "Not yet."
+    cost, tracking = _load("tracking_*.json")[0]
+    _, some = next(iter(runs.values()))
+    lines = [
+        "Students of " + ", ".join(f"[{title}](../benchmarks/results/{path.name})" for title, (path, _) in runs.items())
+        + f", W3A3, short schedules, one seed. Curvature on {some['hessian']['images']} held-out images, losses without factors:",
+        "",
+        "| student | loss | trace | standard error | largest eigenvalue | most negative of the density's nodes |",
+        "|---|---|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for title, (_, r) in runs.items():
+        for name, of in r["hessian"]["losses"].items():
+            cells = (
+                of["trace"]["mean"],
+                of["trace"]["standard_error"],
+                of["top"]["values"][0],
+                min(of["density"]["nodes"]),
+            )
+            lines.append(f"| {title} | {name.upper()} | {' | '.join(f'{v:.3g}' for v in cells)} |")
+    lines += ["", "Cosine of the gradients of two losses while training, all parameters, mean over the batches measured in an epoch:", "",
+              "| student | losses | first epoch | last epoch | epochs below 0 |", "|---|---|---:|---:|---:|"]  # fmt: skip
+    for title, (_, r) in runs.items():
+        for pair, names in PAIRS.items():
+            values = [e["cosine"][pair]["total"] for e in r["history"] if pair in e.get("cosine", {})]
+            if values:
+                below = sum(v < 0 for v in values)
+                lines.append(f"| {title} | {names} | {values[0]:+.3f} | {values[-1]:+.3f} | {below} of {len(values)} |")
+    lines += ["", "Integer weights that differ between the start and the end of an epoch, in % of a layer's; over the layers:", "",
+              "| student | epoch | least | median | most | most over least |", "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
+    for title, (_, r) in runs.items():
+        epochs = [e for e in r["history"] if "net_update_ratio" in e]
+        for e in (epochs[0], epochs[-1]):
+            row = sorted(100 * v for v in e["net_update_ratio"])
+            cells = (row[0], statistics.median(row), row[-1])
+            spread = f"{row[-1] / row[0]:.1f}" if row[0] else "-"
+            lines.append(f"| {title} | {e['epoch'] + 1} | {' | '.join(f'{v:.3g}' for v in cells)} | {spread} |")
+    lines += ["", f"What tracking adds to the time of a student's step ([record](../benchmarks/results/{cost.name}); cosines every "
+              f"{tracking['cosine_every']} steps, net updates every {tracking['updates_every']}; *again*: the same student without):", "",
+              "| recipe | step | again | cosines | net updates |", "|---|---:|---:|---:|---:|"]  # fmt: skip
+    of = {(row["recipe"], row["tracking"]): row for row in tracking["rows"]}
+    for recipe in dict.fromkeys(row["recipe"] for row in tracking["rows"]):
+        added = " | ".join(f"{of[recipe, t]['added_percent']:+.1f} %" for t in ("again", "cosine", "updates"))
+        lines.append(f"| {recipe} | {1000 * of[recipe, 'none']['seconds_per_step']:.0f} ms | {added} |")
+    for kind, text in PICTURES.items():
+        lines += [
+            "",
+            *(f"![{title}, W3A3: {text}](pictures/{path.stem}_{kind}.png)" for title, (path, _) in runs.items()),
+        ]
+    return "\n".join(lines)
+
+
+PICTURES = {
+    "hessian": "density of the Hessian's eigenvalues, and traces",
+    "cosine": "cosines of the gradients of two losses over the epochs",
+    "updates": "share of changed integer weights per layer and epoch",
+}
+
+
 # Of a page in docs/methods/: its recipes.
 METHODS = {
     "rtn": ["rtn"], "gdfq": ["gdfq"], "qimera": ["qimera", "qimera_ait"], "autorecon": ["autorecon", "autorecon_ait"],
@@ -320,6 +387,7 @@ def method(recipes: list[str]) -> str:
 PAGES = {
     ROOT / "README.md": lambda: (accuracy(), demo(), kernels()),
     ROOT / "docs" / "results.md": lambda: (results(), ablations()),
+    ROOT / "docs" / "analyses.md": lambda: (analyses(),),
     ROOT / "docs" / "performance.md": lambda: (performance(), resources()),
     **{
         ROOT / "docs" / "methods" / f"{page}.md": lambda names=names: (method(names),)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from cli_support import call, make_tiny
 from networks import residual
+from report_support import quantize
 
 import zsq_fast as zsq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import cifar10, record, tracking
+from benchmarks import analyses, cifar10, record, table, tracking
 from benchmarks.__main__ import below_gate, measure, row
 from benchmarks.cases import Case
 
@@ -59,6 +62,43 @@ def test_tracking_is_timed_against_the_same_student_without(recipe, monkeypatch)
         assert len(clock.noted) == 3 and clock.noted[0] == 0 < clock.noted[1] < clock.trainer.state.seconds
     assert [clock.trainer.track_cosine for clock in clocks] == [0, 0, 20, 0]
     assert [clock.trainer.updates is None for clock in clocks] == [True, True, True, False]
+
+
+def test_analysed_runs_become_records_pictures_and_tables(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    tiny, results, pictures = make_tiny(tmp_path), tmp_path / "results", tmp_path / "pictures"
+    tracked = ("--eval-data", tiny.images, "--track-cosine", "1", "--track-updates")
+    runs = [quantize(tiny, tmp_path / recipe, recipe, *tracked) for recipe in ("kl_only", "ait")]
+    for run in runs:
+        code, _, err = call(capsys, "analyze", run, "--allow-import", "--images", 8, "--what", "hessian", "updates")
+        assert code == 0, err
+    arguments = [*map(str, runs), "--out", str(results), "--pictures", str(pictures)]
+    monkeypatch.setattr(sys, "argv", ["analyses", *arguments])
+    analyses.main()
+    rows = [
+        {"recipe": "ait", "tracking": t, "seconds_per_step": 0.2, "added_percent": i}
+        for i, t in enumerate(tracking.TRACKING)
+    ]
+    record.write(results / "tracking_x.json", {"cosine_every": 20, "updates_every": 200, "rows": rows})
+    monkeypatch.setattr(table, "RESULTS", results)
+    text = table.analyses()
+    _, held = analyses.read(runs[1])
+    kl = held["hessian"]["losses"]["kl"]
+    assert (
+        f"| AIT | KL | {kl['trace']['mean']:.3g} | {kl['trace']['standard_error']:.3g} | {kl['top']['values'][0]:.3g} |"
+        in text
+    )
+    cosines = [r["cosine"]["ce-kl"]["total"] for r in held["history"] if "cosine" in r]
+    assert (
+        f"| AIT | CE and KL | {cosines[0]:+.3f} | {cosines[-1]:+.3f} | {sum(c < 0 for c in cosines)} of {len(cosines)} |"
+        in text
+    )
+    last = held["history"][-1]
+    assert f"| AIT | {last['epoch'] + 1} | {100 * min(last['net_update_ratio']):.3g} |" in text
+    assert "| ait | 200 ms | +1.0 % | +2.0 % | +3.0 % |" in text
+    drawn = re.findall(r"\(pictures/(.*?)\)", text)
+    assert len(drawn) == 6 and all((pictures / name).read_bytes().startswith(b"\x89PNG") for name in drawn)
+    assert all((results / name).exists() for name in re.findall(r"results/(.*?)\)", text))
 
 
 def test_a_record_is_its_json_with_lists_of_numbers_on_one_line(tmp_path):
