@@ -68,7 +68,7 @@ def accuracy() -> str:
     lines = [
         f"CIFAR-10, ResNet-20, top-1 on the {first['test_images']:,} real test images at the **last** epoch; float {full:.2f} %. "
         f"The stated short schedules at batch 64 (published: 29,400 to 80,000 steps at 200 or 256), seed {first['seed']}, "
-        f"{machine['threads']} cores of an "
+        f"{machine['threads']} core{'s' * (machine['threads'] > 1)} of an "
         f"{machine['processor']}; all numbers and the papers' beside them: [docs/results.md](docs/results.md).",
         "",
         "| method | student steps | W4A4 | drop | W3A3 | drop |",
