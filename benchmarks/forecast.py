@@ -25,7 +25,9 @@ TEST_IMAGES = 10_000  # a record of fewer is a rehearsal
 
 
 def points(folder: Path) -> Iterator[Point]:
-    """Every student of the records in a folder whose last epoch has both held-out figures and an accuracy."""
+    """Every student of the records in a folder whose last epoch has both held-out figures and an accuracy, once: two ablations may
+    hold the same one."""
+    seen = set[str]()
     for file in sorted(folder.glob(PATTERN)):
         held: dict[str, Any] = json.loads(file.read_text())
         if held.get("test_images") != TEST_IMAGES:
@@ -35,6 +37,9 @@ def points(folder: Path) -> Iterator[Point]:
             if "held_out_kl" not in last or "last" not in student.get("results", {}):
                 continue
             recipe, top1 = student["recipe"], student["results"]
+            if (same := json.dumps([recipe, held.get("seed")], sort_keys=True)) in seen:
+                continue
+            seen.add(same)
             quant = recipe["quant"]
             yield Point(
                 file.name + (f" {name}" if name else ""),

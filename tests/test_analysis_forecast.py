@@ -153,6 +153,7 @@ def test_points_of_records(tmp_path):
         {
             "students": {
                 "x": student("hast", 3),
+                "again": student("hast", 3),  # the same recipe, as another ablation holds it
                 "y": student("hast", 3, results={}),
                 "z": {"error": "NaN", "history": []},
             }
