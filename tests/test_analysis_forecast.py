@@ -173,7 +173,7 @@ def test_the_program_writes_what_the_package_reads(tmp_path, monkeypatch, capsys
     for i, p in enumerate(made(12)):
         last = {"held_out_agreement": p.agreement, "held_out_kl": p.kl}
         held = student(p.recipe, int(p.weight_bits), history=[last], results={"float": 90.0, "last": 90.0 - p.drop})
-        record.write(tmp_path / f"cifar10_resnet20_{i}.json", {"test_images": 10_000, **held})
+        record.write(tmp_path / f"cifar10_resnet20_{i}.json", {"test_images": 10_000, "seed": i, **held})
     out = tmp_path / "forecast.json"
     monkeypatch.setattr(sys, "argv", ["forecast", "--write", "--records", str(tmp_path), "--out", str(out)])
     program.main()
