@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from cli_support import assert_one_sentence, call, make_tiny, schedule
 from networks import tiny as network
-from rich.console import Console
 
 import zsq_fast as zsq
 from zsq_fast.errors import Interrupted
@@ -188,7 +188,7 @@ def test_it_writes_nothing(capsys, run):
 
 def shown(view, **options) -> str:
     stream = io.StringIO()
-    console = Console(file=stream, highlight=False, markup=False, emoji=False, width=100, **options)
+    console = watch.Screen(file=stream, width=100, **options)
     console.print(screen(view, "run", console))
     return stream.getvalue()
 
@@ -210,7 +210,7 @@ def test_following_on_a_terminal(monkeypatch, run):
     put_status(run, step=5)
     patched(monkeypatch, lambda: put_status(run, step=8), lambda: put_status(run, state="done", step=12))
     stream = io.StringIO()
-    console = Console(file=stream, force_terminal=True, highlight=False, markup=False, width=100)
+    console = watch.Screen(file=stream, force_terminal=True, width=100)
     assert watch.follow(run.path, console, 1.0) == 0
     out = stream.getvalue()
     assert out.index("5 of 12") < out.index("8 of 12") < out.index("12 of 12") and "\x1b[?25h" in out, "cursor is back"
@@ -238,7 +238,7 @@ def test_lines_without_a_terminal(monkeypatch, run):
         later(1, step=7, state="done"),
     )
     stream = io.StringIO()
-    assert watch.follow(run.path, Console(file=stream, width=20), 1.0) == 0
+    assert watch.follow(run.path, watch.Screen(file=stream, width=20), 1.0) == 0
     lines = stream.getvalue().splitlines()
     assert [line.split("; ")[0] for line in lines] == [
         "warm-up, epoch 2 of 4",
@@ -256,10 +256,31 @@ def test_an_ascii_stream(run):
     run.write_json("recipe.json", {**run.recipe, "name": "äit"})
     put_status(run, stage="übung")
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    assert watch.show_once(run.path, Console(file=stream, width=80)) == 0
+    assert watch.show_once(run.path, watch.Screen(file=stream, width=80)) == 0
     stream.flush()
     out = stream.buffer.getvalue().decode("ascii")
     assert "?it" in out and "?bung" in out and "student loss" in out
+
+
+def test_a_closed_pipe(run):
+    """`| head` has seen enough: the error that the command line knows, not rich's end of the process."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    put_status(run, state="done")
+    for show in (lambda console: watch.show_once(run.path, console), lambda c: watch.follow(run.path, c, 1.0)):
+        with pytest.raises(BrokenPipeError):
+            show(watch.Screen(file=Closed()))
+
+
+def test_without_rich(capsys, monkeypatch, run):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich" or name == "zsq_fast.live.watch"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    code, _, err = call(capsys, "watch", run.path)
+    assert code == 2 and "pip install rich" in assert_one_sentence(err)
 
 
 def test_sparkline():

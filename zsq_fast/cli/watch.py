@@ -32,12 +32,12 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--once", action="store_true", help="print how the run stands and end")
     arguments = parser.parse(words)
     try:
-        from rich.console import Console
-    except ImportError:
+        from zsq_fast.live.watch import Screen, follow, show_once
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "rich":
+            raise
         raise UsageError("watch needs the package rich: pip install rich.") from None
-    from zsq_fast.live.watch import follow, show_once
-
-    console, path = Console(highlight=False, markup=False, emoji=False), Path(arguments.run)
+    console, path = Screen(), Path(arguments.run)
     try:
         return show_once(path, console) if arguments.once else follow(path, console, arguments.interval)
     except KeyboardInterrupt:

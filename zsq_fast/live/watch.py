@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -18,6 +19,17 @@ from zsq_fast.runs.status import DONE, FAILED, INTERRUPTED
 
 CODES = {DONE: 0, FAILED: TrainingError.exit_code, INTERRUPTED: Interrupted("").exit_code}
 LINE_SECONDS = 30.0  # without a terminal, while nothing else has changed
+
+
+class Screen(Console):
+    """What is printed, on stdout: as it is, without markup."""
+
+    def __init__(self, **options: Any):
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def on_broken_pipe(self) -> None:
+        """As of `print`, for `| head`; rich would end the process."""
+        raise BrokenPipeError
 
 
 def show_once(path: Path, console: Console) -> int:
