@@ -31,6 +31,7 @@ ALLOWED = {
     "methods": {"nn", "optim", "losses", "ops", "runs", "errors"},
     "analysis": {"methods", "nn", "losses", "ops", "runs", "errors"},
     "report": {"methods", "runs", "papers", "errors"},
+    "live": {"report", "methods", "nn", "runs", "errors"},
 }
 
 

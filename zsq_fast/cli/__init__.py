@@ -25,6 +25,7 @@ VERBS = {
         "zsq_fast.cli.analyze",
         "look into a finished run: layers, samples, updates, forecast of the accuracy drop",
     ),
+    "watch": ("zsq_fast.cli.watch", "follow a run in the terminal, from another one"),
     "reproduce": ("zsq_fast.cli.reproduce", "train a row of a paper's table and set it beside the published number"),
     "report": ("zsq_fast.cli.report", "write one page (HTML) of a finished run, or of several beside each other"),
     "recipes": ("zsq_fast.cli.recipes", "list the methods"),

@@ -47,6 +47,7 @@ class Job:
     eval_every: int | None = None
     track_cosine: int = 0
     track_updates: bool = False
+    tensorboard: bool = False
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace, **more: Any) -> Job:

@@ -24,6 +24,7 @@ def make_parser() -> Parser:
         help="record the cosines between the gradients of CE, KL and FA at every Nth step (0: at none)",
     )
     add("--track-updates", action="store_true", help="record per epoch and layer which integer weights changed")
+    add("--tensorboard", action="store_true", help="write curves, synthetic images and histograms to DIR/tensorboard")
     add_job_options(parser, data="--eval-data", limit="--eval-limit")
     return parser
 
@@ -45,6 +46,7 @@ def run(words: Sequence[str]) -> int:
         seed=arguments.seed,
         track_cosine=arguments.track_cosine,
         track_updates=arguments.track_updates,
+        tensorboard=arguments.tensorboard,
     )
     job, teacher = load(job)
     size = job.input_size or ()  # load() has filled it in

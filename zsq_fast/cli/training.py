@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from zsq_fast.methods import Recipe, Trainer, student_like
 from zsq_fast.methods.estimate import estimate
 from zsq_fast.methods.mixed import settle_bits
 from zsq_fast.nn import summarize
-from zsq_fast.runs import Progress, RunDir
+from zsq_fast.runs import Progress, RunDir, reporting
+from zsq_fast.runs.directory import TENSORBOARD
 
 
 def default_out(job: Job, recipe_name: str, recipe: Recipe) -> Path:
@@ -43,6 +46,10 @@ def plan(job: Job, recipe: Recipe, teacher: nn.Module, *, runs: int = 1, as_json
 
 def make_trainer(job: Job, recipe: Recipe, teacher: nn.Module, *, quiet: bool = False) -> Trainer:
     """Everything that can be wrong with the input is found here, before a run directory exists."""
+    if job.tensorboard:
+        from zsq_fast.live.tensorboard import writer_class
+
+        writer_class()
     measure = evaluator(job)
     assert job.input_size is not None
     return Trainer(
@@ -66,29 +73,37 @@ def execute(run_dir: RunDir, job: Job, trainer: Trainer) -> dict[str, Any]:
     trainer.resume_hint = f"zsq-fast resume {run_dir.path}{' --allow-import' if job.allow_import else ''}"
     if (before := expectation(trainer.recipe)) is not None:
         trainer.progress.message(str(before))
+    log: Any = nullcontext()
+    if job.tensorboard:
+        from zsq_fast.live.tensorboard import TensorBoard
+
+        trainer.on_epoch = log = TensorBoard(run_dir.path / TENSORBOARD, job.mean or (), job.std or ())
     try:
-        trainer.restore()
-        result = trainer.run()
+        with reporting(run_dir.path, trainer.progress), log:
+            trainer.restore()
+            result = trainer.run()
+            if result.chosen_state is not None:
+                run_dir.save_tensors(CHOSEN, result.chosen_state, job.metadata(trainer.recipe))
+            student = run_dir.save_tensors(STUDENT, result.student.state_dict(), job.metadata(trainer.recipe))
+            summary = record(job, trainer.recipe, result, student)
+            run_dir.write_json(RESULT, summary)
+            return summary
     except KeyboardInterrupt:  # the second Ctrl-C
         raise Interrupted(f"stopped at once; `{trainer.resume_hint}` goes on from the last checkpoint.") from None
     except Exception:
         if not run_dir.has_checkpoint:  # nothing to go on from, and it would be in the way of the next try
             run_dir.discard()
         raise
-    if result.chosen_state is not None:
-        run_dir.save_tensors(CHOSEN, result.chosen_state, job.metadata(trainer.recipe))
-    student = run_dir.save_tensors(STUDENT, result.student.state_dict(), job.metadata(trainer.recipe))
-    summary = record(job, trainer.recipe, result, student)
-    run_dir.write_json(RESULT, summary)
-    return summary
 
 
-def proceed(run_dir: RunDir, *, allow_import: bool, quiet: bool) -> dict[str, Any]:
-    """The result of a run that was begun: read if it is finished, else the run goes on with the settings it began with."""
+def proceed(run_dir: RunDir, *, allow_import: bool, quiet: bool, tensorboard: bool | None = None) -> dict[str, Any]:
+    """The result of a run that was begun: read if it is finished, else the run goes on with the settings it began with, but
+    for `tensorboard` where it is not None."""
     if run_dir.holds(RESULT):
         return run_dir.load_json(RESULT)
     info = run_dir.info
-    job, teacher = load(Job.from_info(info, run_dir.path, allow_import=allow_import))
+    job = Job.from_info(info, run_dir.path, allow_import=allow_import)
+    job, teacher = load(job if tensorboard is None else replace(job, tensorboard=tensorboard))
     if (began := info.get("versions", {}).get("torch")) != torch.__version__:
         warnings.warn(
             f"the run began with torch {began}, this is {torch.__version__}: the result may not be bit-identical.",

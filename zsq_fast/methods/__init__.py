@@ -12,7 +12,7 @@ from zsq_fast.errors import UsageError
 from zsq_fast.methods.recipe import Recipe, available_recipes, load_recipe
 from zsq_fast.methods.search import search_generator
 from zsq_fast.methods.trainer import Result, Trainer, make_student, run_together
-from zsq_fast.runs import Progress, RunDir
+from zsq_fast.runs import Progress, RunDir, reporting
 
 __all__ = [
     "Recipe",
@@ -107,12 +107,13 @@ def quantize(
 def _run(trainer: Trainer, run: RunDir) -> nn.Module:
     trainer.run_dir = run
     trainer.resume_hint = f"zsq_fast.quantize(..., run_dir={str(run.path)!r}, resume=True)"
-    trainer.restore()
-    result = trainer.run()
-    students = {"student": result.student.state_dict(), "chosen": result.chosen_state}
-    for name, state in students.items():
-        if state is not None:
-            run.save_tensors(f"{name}.safetensors", state, {"recipe": trainer.recipe.name})
+    with reporting(run.path, trainer.progress):
+        trainer.restore()
+        result = trainer.run()
+        students = {"student": result.student.state_dict(), "chosen": result.chosen_state}
+        for name, state in students.items():
+            if state is not None:
+                run.save_tensors(f"{name}.safetensors", state, {"recipe": trainer.recipe.name})
     return result.student
 
 

@@ -86,6 +86,8 @@ class Trainer:
         force: go on with batch-norm statistics that look untrained.
         share: take the images of this trainer instead of making the same ones again (see `run_together`).
         image_dir: where optimised images (`recipe.images`) are kept and looked for; None takes the run directory's own place.
+        on_epoch: called at the end of every epoch with this trainer and the epoch's record, before the checkpoint is saved. It looks
+            on: it must change nothing of the trainer, and no global random state.
         track_updates: the history also holds `net_update_ratio`: per weight the share of integer codes that differ between the start
             and the end of the epoch. `update_ratio`, summed over the steps, comes of gradient inundation and is always there.
 
@@ -112,6 +114,7 @@ class Trainer:
         share: Trainer | None = None,
         image_dir: str | PathLike[str] | None = None,
         track_updates: bool = False,
+        on_epoch: Callable[[Trainer, dict[str, Any]], None] | None = None,
     ):
         if len(input_size) != 3 or min(input_size) < 1:
             raise UsageError(f"input_size must be (channels, height, width), got {tuple(input_size)}")
@@ -119,6 +122,7 @@ class Trainer:
             raise UsageError(f"track_cosine must be a number of steps of at least 0, got {track_cosine}")
         self.recipe, self.input_size, self.seed, self.run_dir = recipe, tuple(input_size), seed, run
         self.evaluate, self.eval_every, self.progress = evaluate, eval_every, progress or Progress(quiet=True)
+        self.on_epoch = on_epoch
         if look_untrained(znn.usable_batch_norms(teacher)) and not force:
             raise UnsupportedModelError(
                 "every batch-norm statistic has its initial value (mean 0, variance 1): the model looks untrained; load a "
@@ -291,6 +295,7 @@ class Trainer:
     def _measure(self, name: str, network: nn.Module) -> float | None:
         if self.evaluate is None:
             return None
+        self.progress.doing("measuring on test images")
         started = time.perf_counter()
         top1 = self.evaluate(network)
         network.eval()  # whatever mode the caller's function leaves behind
@@ -330,7 +335,9 @@ class Trainer:
             self._measure_chosen()
         if self.run_dir:
             self.run_dir.log(**record)
-            self.save()
+        if self.on_epoch is not None:
+            self.on_epoch(self, record)
+        self.save()
 
     def _held_out(self) -> HeldOut:
         """The images held out, made at the end of the warm-up, once for all students of one synthesis."""

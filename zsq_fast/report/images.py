@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,17 +51,26 @@ def read_sheet(run: RunDir, mean: Sequence[Any], std: Sequence[Any]) -> Sheet | 
     if found is None:
         return None
     source, by, images, labels = found
-    if labels.dim() == 2:  # soft, of superposed images
-        labels = labels.argmax(1)
-    if images.dim() != 4 or not images.is_floating_point() or labels.shape != images.shape[:1] or not len(images):
+    if (
+        images.dim() != 4
+        or labels.dim() not in (1, 2)
+        or not images.is_floating_point()
+        or not len(images) == len(labels) > 0
+    ):
         raise BadFileError(f"{run.path}: the synthetic images have no shape [N, C, H, W], or not one label each.")
-    strips = []
-    classes = sorted(set(labels.tolist()))
-    for label in _spread(classes, CLASSES):
+    return Sheet(source, by, len(images), tuple(strips(images, labels, mean, std)))
+
+
+def strips(
+    images: Tensor, labels: Tensor, mean: Sequence[Any], std: Sequence[Any]
+) -> Iterator[tuple[int, int, Tensor]]:
+    """The strips of a `Sheet` of images `[N, C, H, W]` with labels `[N]` or soft ones `[N, classes]`: some classes, a few of each."""
+    if labels.dim() == 2:
+        labels = labels.argmax(1)
+    for label in _spread(sorted(set(labels.tolist())), CLASSES):
         chosen = images[labels == label][:COLUMNS]
         pixels = F.pad(_pixels(_small(chosen), *_scale(images, mean, std)), (0, 0, 0, GAP, 0, GAP))
-        strips.append((label, len(chosen), pixels.permute(1, 0, 2, 3).flatten(1, 2)))
-    return Sheet(source, by, len(images), tuple(strips))
+        yield label, len(chosen), pixels.permute(1, 0, 2, 3).flatten(1, 2)
 
 
 def _optimised(folder: Path) -> tuple[str, str, Tensor, Tensor] | None:

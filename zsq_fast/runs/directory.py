@@ -16,12 +16,13 @@ import torch
 from zsq_fast.errors import BadFileError, StorageError, UsageError
 from zsq_fast.runs import checkpoint, storage
 from zsq_fast.runs.metrics import MetricsFile
+from zsq_fast.runs.status import STATUS
 from zsq_fast.runs.tensors import entry, pack, read_verified, unpack
 
 logger = logging.getLogger(__name__)
 
-RECIPE, INFO, MANIFEST, METRICS, CHECKPOINTS, LOCK, IMAGES = (
-    "recipe.json", "run.json", "MANIFEST.json", "metrics.jsonl", "checkpoints", ".lock", "images",
+RECIPE, INFO, MANIFEST, METRICS, CHECKPOINTS, LOCK, IMAGES, TENSORBOARD = (
+    "recipe.json", "run.json", "MANIFEST.json", "metrics.jsonl", "checkpoints", ".lock", "images", "tensorboard",
 )  # fmt: skip
 _KEEP = 2
 
@@ -29,7 +30,8 @@ _KEEP = 2
 class RunDir:
     """One writer at a time. Built by `create` or `open`; use as a context manager or call `close`.
 
-    MANIFEST.json holds the SHA-256 of every file but metrics and checkpoints; it is written last, so its presence
+    MANIFEST.json holds the SHA-256 of every file but metrics, checkpoints and what is for onlookers
+    (status.json, tensorboard/, analysis/); it is written last, so its presence
     says that the directory is a run.
     """
 
@@ -195,9 +197,10 @@ class RunDir:
     def discard(self) -> None:
         """Removes the files of a run that never began, and the directory if nothing else is in it."""
         self._metrics.close()
-        shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+        for folder in (CHECKPOINTS, TENSORBOARD):
+            shutil.rmtree(self.path / folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # what cannot be removed stays; the error that led here is the news
-            for name in (MANIFEST, RECIPE, INFO, METRICS):
+            for name in (MANIFEST, RECIPE, INFO, METRICS, STATUS):
                 (self.path / name).unlink(missing_ok=True)
             self.close()
             (self.path / LOCK).unlink(missing_ok=True)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zsq_fast.runs.status import StatusFile
 
 _LINE_SECONDS = 30.0
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Such as 1:02:03, or 2:03."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -21,7 +25,9 @@ def _postfix(values: dict[str, Any]) -> str:
 
 
 class Progress:
-    """`quiet` shows nothing at all; `interactive` overrides the test for a terminal."""
+    """`quiet` shows nothing at all; `interactive` overrides the test for a terminal. `status`, if set, is told everything too."""
+
+    status: StatusFile | None = None
 
     def __init__(self, quiet: bool = False, interactive: bool | None = None):
         self.quiet = quiet
@@ -37,6 +43,8 @@ class Progress:
         self.stop()
         self._total, self._done, self._first, self._title = total_steps, done, done, description
         self._began = self._shown = time.monotonic()
+        if self.status is not None:
+            self.status.begin(description, total_steps, done)
         if self._interactive and not self.quiet:
             self._start_bar()
 
@@ -61,6 +69,8 @@ class Progress:
 
     def advance(self, n: int = 1, **postfix: Any) -> None:
         self._done += n
+        if self.status is not None:
+            self.status.advance(self._done)
         if self._bar is not None:
             fields = {"postfix": _postfix(postfix)} if postfix else {}
             self._bar.update(self._task, advance=n, **fields)
@@ -70,9 +80,14 @@ class Progress:
 
     def _line(self, postfix: dict[str, Any]) -> str:
         rate = (self._done - self._first) / max(time.monotonic() - self._began, 1e-9)
-        left = _clock((self._total - self._done) / rate) if rate > 0 else "?"
+        left = clock((self._total - self._done) / rate) if rate > 0 else "?"
         share = f"{self._done}/{self._total}"
         return f"{self._title}: {share}, {left} left  {_postfix(postfix)}".rstrip()
+
+    def doing(self, activity: str) -> None:
+        """What holds the steps up, for those who look on."""
+        if self.status is not None:
+            self.status.doing(activity)
 
     def message(self, text: str) -> None:
         if self.quiet:
