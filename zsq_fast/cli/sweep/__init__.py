@@ -86,7 +86,7 @@ def run(words: Sequence[str]) -> int:
     figure = None if arguments.no_pictures else figure_class()
     errors = kept_errors(out)
     if not arguments.table_only:
-        if going_on:
+        if going_on and any(run.result() is None for run in runs):
             _network(plan.job)  # the one it was begun with, or nothing is trained
         _train(plan, out, runs, errors, arguments)
     elif not (out / PLAN).is_file():

@@ -108,7 +108,7 @@ class Plan:
         for changes in self._combinations():
             overrides = tuple(f"{key}={text}" for key, text in changes.items())
             recipe = self.resolve(overrides)
-            values = {key: _value(recipe, key) for key in keys}
+            values = {key: value_of(recipe, key) for key in keys}
             shared = self.one_at_a_time and recipe == own  # a point of every option that lists its own value
             name = "own" if shared else ",".join(f"{key}={_clean(values[key])}" for key in changes)
             if recipe in points and not shared:
@@ -204,7 +204,8 @@ class Plan:
             )
 
 
-def _value(recipe: Recipe, key: str) -> Any:
+def value_of(recipe: Recipe, key: str) -> Any:
+    """Of the option "section.name"."""
     section, name = key.split(".")
     return getattr(getattr(recipe, section), name)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from zsq_fast.cli.sweep.results import keys_text, show, text_of, values_text
+from zsq_fast.cli.sweep.results import keys_text, show, text_of, title, values_text
 
 INK, FAINT, LINE, BAD = "#3d444d", "#d5d9de", "#0b7285", "#c92a2a"
 SPAN = 10  # values of which the largest is so many times the smallest go on a logarithmic axis
@@ -16,6 +15,7 @@ SPAN = 10  # values of which the largest is so many times the smallest go on a l
 def draw(sweep: Mapping[str, Any], figure: Any) -> None:
     """Fills a matplotlib figure: a heat map of two options in all combinations, else a line per option."""
     options = sweep["options"]
+    figure.set_layout_engine("constrained")
     if len(options) == 2 and not sweep["one_at_a_time"]:
         figure.set_size_inches(6.4, 4.8)
         _heat_map(sweep, figure)
@@ -30,9 +30,7 @@ def draw(sweep: Mapping[str, Any], figure: Any) -> None:
             axes.remove()
         for axes in panels[::columns][:rows]:
             axes.set_ylabel(_measure(sweep), color=INK)
-    figure.suptitle(f"{Path(sweep['model']).name}, {Path(sweep['recipe']).stem}, W{sweep['weight_bits']}A{sweep['act_bits']}",
-                    color=INK, fontsize=11)  # fmt: skip
-    figure.set_layout_engine("constrained")
+    figure.suptitle(title(sweep), color=INK, fontsize=11)
 
 
 def _measure(sweep: Mapping[str, Any]) -> str:
@@ -58,7 +56,8 @@ def _line(sweep: Mapping[str, Any], keys: Sequence[str], axes: Any) -> None:
     points = line_points(sweep, keys)
     texts = [values_text(keys, point["values"]) for point in points]
     numbers = [point["values"][keys[0]] for point in points]
-    if len(keys) == 1 and all(map(_is_number, numbers)):
+    scaled = len(keys) == 1 and all(map(_is_number, numbers))
+    if scaled:
         places = list(map(float, numbers))
         if min(places) > 0 and max(places) >= SPAN * min(places):
             axes.set_xscale("log")
@@ -66,28 +65,32 @@ def _line(sweep: Mapping[str, Any], keys: Sequence[str], axes: Any) -> None:
         places = list(map(float, range(len(points))))
     axes.set_xticks(places, texts, rotation=30 if max(map(len, texts)) > 6 else 0)
     axes.minorticks_off()
-    known = [(x, point[sweep["measure"]]) for x, point in zip(places, points, strict=True) if point[sweep["measure"]]]
+    axes.margins(x=0.1)
+    placed = list(zip(places, points, strict=True))
+    known = [(x, point["own"], point[sweep["measure"]]) for x, point in placed if point[sweep["measure"]]]
     if known:
         axes.errorbar(
-            [x for x, _ in known],
-            [value["mean"] for _, value in known],
-            yerr=[value["deviation"] or 0.0 for _, value in known],
+            [x for x, _, _ in known],
+            [value["mean"] for _, _, value in known],
+            yerr=[value["deviation"] or 0.0 for _, _, value in known],
             color=LINE,
+            linestyle="-" if scaled else ":",
             marker="o",
             capsize=3,
         )
-    own = [(x, point) for x, point in zip(places, points, strict=True) if point["own"] and point[sweep["measure"]]]
-    for x, point in own:
-        label = "the recipe's own value"
-        axes.plot(x, point[sweep["measure"]]["mean"], "o", ms=11, mfc="none", mec=LINE, label=label)
-    lost = [x for x, point in zip(places, points, strict=True) if any(r["state"] == "failed" for r in point["runs"])]
+    own = [(x, value["mean"]) for x, is_own, value in known if is_own]
+    for x, mean in own:
+        axes.plot(x, mean, "o", markersize=11, markerfacecolor="none", color=LINE, label="the recipe's own value")
+    lost = [x for x, point in placed if any(run["state"] == "failed" for run in point["runs"])]
     if lost:
         axes.plot(lost, [0.03] * len(lost), "x", color=BAD, transform=axes.get_xaxis_transform(), label="a run failed")
     if own or lost:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     rest = {key: value for key, value in points[0]["values"].items() if key not in keys}
-    if not points[0]["own"] and not own and rest:  # elsewhere than the recipe is
-        axes.set_title(_short(rest), fontsize=8, color=INK)
+    if rest != {key: sweep["own_values"][key] for key in rest}:
+        axes.set_title(
+            "at " + ", ".join(f"{key} {text_of(value)}" for key, value in rest.items()), fontsize=8, color=INK
+        )
     axes.set_xlabel(keys_text(keys), color=INK)
     _style(axes)
     axes.grid(axis="y", color=FAINT, linewidth=0.7)
@@ -114,7 +117,7 @@ def _heat_map(sweep: Mapping[str, Any], figure: Any) -> None:
     for (i, k), point in cells.items():
         value, failed = point[sweep["measure"]], any(run["state"] == "failed" for run in point["runs"])
         text = ("failed" if failed else "-") if value is None else show(value).replace(" ", "\n", 1)
-        dark = value is not None and value["mean"] < (low + high) / 2
+        dark = value is not None and value["mean"] - low <= 0.6 * (high - low)
         axes.text(k, i, text, ha="center", va="center", fontsize=9, color="white" if dark else INK)
         if point["own"]:
             axes.add_patch(Rectangle((k - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor=BAD, linewidth=1.5))
@@ -134,10 +137,6 @@ def _heat_map(sweep: Mapping[str, Any], figure: Any) -> None:
 def _style(axes: Any) -> None:
     axes.spines[:].set_visible(False)
     axes.tick_params(which="both", colors=INK, labelsize=9, length=0)
-
-
-def _short(values: Mapping[str, Any]) -> str:
-    return "at " + ", ".join(f"{key.split('.')[1]} {text_of(value)}" for key, value in values.items())
 
 
 def _is_number(value: Any) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zsq_fast.cli.sweep.plan import Plan, Run
+from zsq_fast.cli.sweep.plan import Plan, Run, value_of
 from zsq_fast.errors import BadFileError
 from zsq_fast.runs import RunDir
 from zsq_fast.runs.storage import from_json, to_json
@@ -41,14 +41,12 @@ def collect(plan: Plan, runs: Sequence[Run], errors: Mapping[str, str]) -> dict[
                 "runs": records,
             }
         )
-    recipe = plan.resolve().to_dict()
-    own_values = {key: recipe[key.split(".")[0]][key.split(".")[1]] for option in plan.vary for key in option.keys}
-    job = plan.job
+    own_recipe, job = plan.resolve(), plan.job
     sweep = {
         "model": job.model,
         "recipe": plan.recipe,
-        "weight_bits": recipe["quant"]["weight_bits"],
-        "act_bits": recipe["quant"]["act_bits"],
+        "weight_bits": own_recipe.quant.nominal_weight_bits,
+        "act_bits": own_recipe.quant.act_bits,
         "schedule": plan.schedule,
         "overrides": list(plan.overrides),
         "device": job.device,
@@ -58,7 +56,7 @@ def collect(plan: Plan, runs: Sequence[Run], errors: Mapping[str, str]) -> dict[
         "measure": "last" if job.eval_data else "agreement",
         "one_at_a_time": plan.one_at_a_time,
         "options": [list(option.keys) for option in plan.vary],
-        "own_values": own_values,
+        "own_values": {key: value_of(own_recipe, key) for option in plan.vary for key in option.keys},
         "seeds": list(plan.seeds),
         "points": points,
     }
@@ -111,9 +109,16 @@ def failures(sweep: Mapping[str, Any]) -> list[str]:
 # ---- the table ---------------------------------------------------------------------------------------------------------
 
 
+def title(sweep: Mapping[str, Any]) -> str:
+    """Network, recipe, and the bits unless they are what is varied."""
+    parts = [Path(sweep["model"]).name, Path(sweep["recipe"]).stem]
+    if not any(key.endswith("_bits") for key in sweep["own_values"]):
+        parts.append(f"W{sweep['weight_bits']:g}A{sweep['act_bits']}")
+    return ", ".join(parts)
+
+
 def table(sweep: Mapping[str, Any]) -> str:
     points, seeds = sweep["points"], len(sweep["seeds"])
-    title = f"{sweep['model']}, {sweep['recipe']}, W{sweep['weight_bits']}A{sweep['act_bits']}, schedule {sweep['schedule']}"
     measures = {key: text for key, text in MEASURES.items() if any(point[key] for point in points)}
     head = [*map(keys_text, sweep["options"]), *measures.values(), "runs"]
     rows = [head]
@@ -125,7 +130,8 @@ def table(sweep: Mapping[str, Any]) -> str:
         rows.append([*values, *(show(point[key]) for key in measures), note])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     first = len(sweep["options"])
-    lines = [" ".join([title, *sweep["overrides"]])]
+    lines = [f"{title(sweep)}, schedule {sweep['schedule']}"]
+    lines += [f"  --set {' '.join(sweep['overrides'])}"] if sweep["overrides"] else []
     for row in rows:
         cells = [text.ljust(w) if i < first or i == len(row) - 1 else text.rjust(w)
                  for i, (text, w) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
