@@ -103,7 +103,7 @@ def test_numbers_table_and_plot(capsys, swept):
     assert (swept / "sweep.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (swept / "sweep.svg").read_text()
 
 
-def test_every_run_is_an_ordinary_one(capsys, tiny, swept):
+def test_every_run_is_an_ordinary_one(capsys, tiny, swept, tmp_path):
     run = swept / "student.epsilon=0.01" / "seed-0"
     code, text, err = call(capsys, "evaluate", run, "--data", tiny.images, "--allow-import", "--json")
     assert code == 0, err
@@ -111,6 +111,11 @@ def test_every_run_is_an_ordinary_one(capsys, tiny, swept):
     assert json.loads(text)["quantized"]["top1"] == result["top1"]["last"]
     code, text, err = call(capsys, "analyze", run, "--what", "samples", "--allow-import", "--no-pictures", "--json")
     assert code == 0, err
+    for library in ("jinja2", "matplotlib"):
+        pytest.importorskip(library)
+    code, text, err = call(capsys, "report", run, "-o", tmp_path / "page.html")
+    assert code == 0, err
+    assert "Optimised images, which the student was trained on" in (tmp_path / "page.html").read_text()
 
 
 def test_a_sweep_of_other_options_is_refused_and_a_larger_one_is_not(capsys, tiny, swept, tmp_path):
@@ -122,10 +127,10 @@ def test_a_sweep_of_other_options_is_refused_and_a_larger_one_is_not(capsys, tin
         return assert_one_sentence(err)
 
     before = (swept / "plan.json").read_bytes()
-    assert "another overrides" in refused("--set", "student.momentum=0.5")
-    assert "another threads" in refused("--threads", 2)
-    assert "another eval limit" in refused("--eval-limit", 5)
-    assert "another one at a time" in refused("--one-at-a-time")
+    assert "another value of 'overrides'" in refused("--set", "student.momentum=0.5")
+    assert "another value of 'threads'" in refused("--threads", 2)
+    assert "another value of 'eval_limit'" in refused("--eval-limit", 5)
+    assert "another value of 'one_at_a_time'" in refused("--one-at-a-time")
     assert "student.epsilon=0.01, which is missing" in refused(vary="student.epsilon=0.02,0.05")
     assert "seed 0, which is missing" in refused(seeds=(1,))
     assert (swept / "plan.json").read_bytes() == before
@@ -364,6 +369,36 @@ def test_at_most_so_many_at_a_time_and_none_twice(tmp_path):
     moments = [begin for begin, _ in spans.values()]
     together = [sum(begin <= moment < end for begin, end in spans.values()) for moment in moments]
     assert len(spans) == 5 and max(together) == 2
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_ends_every_process_and_fails_no_run(tmp_path, signals):
+    runs = plan("student.epsilon=0.01,0.02,0.03", overrides=["images.count=8", "images.batch_size=8"]).runs(tmp_path)
+    ended, commands = [], []
+
+    def command(run):
+        touch_images(run, 1)
+        commands.append(run)
+        return [sys.executable, "-S", "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
+
+    def began(run):
+        if len(commands) == 2:
+            wait(lambda: all(run.log.read_text() for run in commands))
+            for _ in range(signals):
+                signal.raise_signal(signal.SIGINT)
+
+    def work():
+        return workers.work(runs, runs, 2, command, began, lambda *run: ended.append(run))
+
+    if signals == 1:
+        assert work() == signal.SIGINT
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    assert len(commands) == 2 and not ended
+    for run in commands:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(run.log.read_text()), 0)
 
 
 def test_a_killed_process_is_a_failure(tmp_path):

@@ -194,10 +194,8 @@ class Plan:
         gone = [point.name for point in begun.points() if point.name not in points]
         gone += [f"seed {seed}" for seed in begun.seeds if seed not in self.seeds]
         if other:
-            what = {"resolved": "recipe", "weights_sha256": "weights of the model"}.get(other[0], other[0])
-            raise UsageError(
-                f"{out} holds a sweep with another {what.replace('_', ' ')}; choose another --out or remove it."
-            )
+            what = {"resolved": "recipe", "weights_sha256": "model's weights"}.get(other[0], other[0])
+            raise UsageError(f"{out} was begun with another value of '{what}'; choose another --out or remove it.")
         if gone:
             raise UsageError(
                 f"{out} was begun with {gone[0]}, which is missing now: add to a sweep, or choose another --out."

@@ -68,7 +68,7 @@ def _record(run: Run, error: str | None) -> dict[str, Any]:
     begun = RunDir.is_run(run.path)
     record: dict[str, Any] = {
         "seed": run.seed,
-        "run": str(run.path),
+        "run": "/".join(run.path.parts[-2:]),  # within the sweep's directory
         "state": "done" if result else "failed" if error else "unfinished" if begun else "not begun",
         "error": None if result else error,
         **dict.fromkeys(("float", *MEASURES, "chosen_epoch", "minutes")),
