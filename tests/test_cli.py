@@ -28,7 +28,9 @@ def test_help_names_every_verb(capsys):
     assert call(capsys)[0] == 2
 
 
-@pytest.mark.parametrize("verb", ["quantize", "resume", "evaluate", "analyze", "watch", "reproduce", "recipes", "env"])
+@pytest.mark.parametrize(
+    "verb", ["quantize", "resume", "evaluate", "analyze", "watch", "reproduce", "sweep", "recipes", "env"]
+)
 def test_help_of_each_verb(capsys, verb):
     code, out, err = call(capsys, verb, "--help")
     assert (code, err) == (0, "") and f"usage: zsq-fast {verb}" in out
@@ -51,6 +53,7 @@ def test_help_and_typing_errors_do_not_wait_for_torch():
         (["evaluate", "x", "--dta", "y"], 2),
         (["analyze", "x", "--what", "leyers"], 2),
         (["watch", "x", "--interval", "0"], 2),
+        (["sweep", "x", "--recipe", "hast", "--vary", "student.epsilon"], 2),
     ):
         command = [sys.executable, "-c", script, *words]
         result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)

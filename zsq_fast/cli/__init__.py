@@ -27,6 +27,7 @@ VERBS = {
     ),
     "watch": ("zsq_fast.cli.watch", "follow a run in the terminal, from another one"),
     "reproduce": ("zsq_fast.cli.reproduce", "train a row of a paper's table and set it beside the published number"),
+    "sweep": ("zsq_fast.cli.sweep", "train with several values of recipe options: one table, one plot"),
     "report": ("zsq_fast.cli.report", "write one page (HTML) of a finished run, or of several beside each other"),
     "recipes": ("zsq_fast.cli.recipes", "list the methods"),
     "demo": ("zsq_fast.cli.demo", "train a small network on handwritten digits, quantize it, print the table"),

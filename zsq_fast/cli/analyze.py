@@ -54,7 +54,7 @@ def run(words: Sequence[str]) -> int:
     names = list(dict.fromkeys(map(check_name, arguments.what)))
     if arguments.fail_above is not None and "forecast" not in names:
         raise UsageError("--fail-above is a limit to the forecast: add it to --what.")
-    figure = None if arguments.no_pictures else _figure_class()
+    figure = None if arguments.no_pictures else figure_class()
     from zsq_fast.runs.storage import make_directory, replace_file, to_json, writing
 
     subject, folder = _load(arguments), Path(arguments.run) / FOLDER
@@ -113,7 +113,7 @@ def _load(arguments: Any) -> Any:
     )
 
 
-def _figure_class() -> Any:
+def figure_class() -> Any:
     """Before work that its absence would waste."""
     try:
         from matplotlib.figure import Figure

@@ -100,7 +100,7 @@ def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     print(
         f"{result['model']}, {result['recipe']}, W{result['weight_bits']:g}A{result['act_bits']}, seed {result['seed']}"
     )
-    sizes = _size(result["float_bytes"]), f"{_size(result['packed_bytes'])} packed"
+    sizes = size_text(result["float_bytes"]), f"{size_text(result['packed_bytes'])} packed"
     top1, chosen = result["top1"], result.get("chosen_epoch")
     stages = {key: stage for key, stage in STAGES.items() if key != "chosen" or chosen is not None}
     rows = [(text, sizes[quantized], top1.get(key)) for key, (text, quantized) in stages.items()]
@@ -118,7 +118,7 @@ def print_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     print(f"{result['minutes']:.1f} minutes; fake-quantized student: {result['student']}")
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 50_000 else f"{count / 1e3:.2f} kB"
 
 
@@ -151,18 +151,19 @@ def _print_estimate(cost: Estimate, runs: int, threads: int) -> None:
     where = cost.device if cost.device != "cpu" else f"cpu, {threads} threads"
     print(f"time ({where}; 2 iterations of each kind measured, evaluations and checkpoints left out):")
     for stage in cost.stages:
-        print(f"  {stage.name:<20}{stage.count:>8} x {stage.each:.4g} s = {_duration(stage.seconds)}")
+        print(f"  {stage.name:<20}{stage.count:>8} x {stage.each:.4g} s = {duration_text(stage.seconds)}")
     print(
-        f"  in all {_duration(cost.seconds)}" + (f", {runs} runs {_duration(runs * cost.seconds)}" if runs > 1 else "")
+        f"  in all {duration_text(cost.seconds)}"
+        + (f", {runs} runs {duration_text(runs * cost.seconds)}" if runs > 1 else "")
     )
     if cost.peak_bytes is not None:
         kind = "rise of the process's peak resident memory" if where.startswith("cpu") else "most allocated on the GPU"
-        print(f"memory: {_size(cost.peak_bytes)}, {kind} while measuring")
+        print(f"memory: {size_text(cost.peak_bytes)}, {kind} while measuring")
     if cost.image_set_bytes:
-        print(f"memory: {_size(cost.image_set_bytes)} on top for all optimised images")
+        print(f"memory: {size_text(cost.image_set_bytes)} on top for all optimised images")
 
 
-def _duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"

@@ -21,6 +21,7 @@ from zsq_fast.methods.trainer import Trainer
 from zsq_fast.runs import Progress
 
 TIMED = 2  # iterations, after one to warm up
+IMAGE_STAGE = "image iterations"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def estimate(
             layout=trainer.layout,
             progress=clock,
         )
-        stages.append(Stage("image iterations", -(-spec.count // spec.batch_size) * spec.iterations, clock.each))
+        stages.append(Stage(IMAGE_STAGE, -(-spec.count // spec.batch_size) * spec.iterations, clock.each))
         trainer._use_images(images)
     measure("generator steps", recipe.generator_steps, synthesis.step)
     batch = synthesis.step(1 + TIMED)

@@ -417,7 +417,7 @@ def synthesize_images(
     optimiser = _Optimiser(teacher, spec, input_size, num_classes, seed, layout)
     shelf = None if keep is None else _Shelf(Path(keep), provenance(teacher, spec, input_size, num_classes, seed))
     indices = range(part, -(-spec.count // spec.batch_size), parts)
-    sizes = [min(spec.batch_size, spec.count - i * spec.batch_size) for i in indices]
+    sizes = [_batch_size(spec, i) for i in indices]
     images = torch.empty(sum(sizes), *input_size, device=optimiser.device)  # filled in place: a set may weigh gigabytes
     labels = torch.empty(sum(sizes), dtype=torch.int64, device=optimiser.device)
     places = [ImageSet(*place) for place in zip(images.split(sizes), labels.split(sizes))] if sizes else []
@@ -537,6 +537,19 @@ def _check(image_set: ImageSet, path: Path) -> None:
         raise BadFileError(f"{path}: the images contain NaN or infinite values.")
 
 
+def batch_files(spec: Images) -> list[str]:
+    """Names of the files of a complete set, one per batch, in the subdirectory that `cached_images` keeps it in."""
+    return [_file_name(i, _batch_size(spec, i)) for i in range(-(-spec.count // spec.batch_size))]
+
+
+def _batch_size(spec: Images, index: int) -> int:
+    return min(spec.batch_size, spec.count - index * spec.batch_size)
+
+
+def _file_name(index: int, size: int) -> str:
+    return f"batch-{index:05d}x{size}.safetensors"
+
+
 class _Shelf:
     """A directory of finished batches of one provenance."""
 
@@ -546,7 +559,7 @@ class _Shelf:
             make_directory(directory)
 
     def _entry(self, index: int, size: int) -> tuple[Path, dict[str, Any]]:
-        return self.directory / f"batch-{index:05d}x{size}.safetensors", {**self.provenance, "batch": index}
+        return self.directory / _file_name(index, size), {**self.provenance, "batch": index}
 
     def load(self, index: int, place: ImageSet) -> bool:
         """Whether the batch lies here intact; it is then copied to `place`."""
