@@ -301,11 +301,10 @@ PAIRS = {"ce-kl": "CE and KL", "fa-kl": "FA and KL", "ce-fa": "CE and FA"}
 
 def analyses() -> str:
     """Curvature, cosines and changed codes of the analysed runs, what tracking them cost, and the pictures."""
-    found = {r["recipe"]["name"]: (path, r) for path, r in _load("analyses_*.json")}
+    found = {r["recipe"]["name"]: (path, r) for path, r in _load("analyses_resnet20_*_w3a3_seed0.json")}
     runs = {title: found[name] for name, title in TITLES.items() if name in found}
     if not runs:
         return "Not yet."
-    cost, tracking = _load("tracking_*.json")[0]
     _, some = next(iter(runs.values()))
     lines = [
         "Students of " + ", ".join(f"[{title}](../benchmarks/results/{path.name})" for title, (path, _) in runs.items())
@@ -340,19 +339,25 @@ def analyses() -> str:
             cells = (row[0], statistics.median(row), row[-1])
             spread = f"{row[-1] / row[0]:.1f}" if row[0] else "-"
             lines.append(f"| {title} | {e['epoch'] + 1} | {' | '.join(f'{v:.3g}' for v in cells)} | {spread} |")
-    lines += ["", f"What tracking adds to the time of a student's step ([record](../benchmarks/results/{cost.name}); cosines every "
-              f"{tracking['cosine_every']} steps, net updates every {tracking['updates_every']}; *again*: the same student without):", "",
-              "| recipe | step | again | cosines | net updates |", "|---|---:|---:|---:|---:|"]  # fmt: skip
-    of = {(row["recipe"], row["tracking"]): row for row in tracking["rows"]}
-    for recipe in dict.fromkeys(row["recipe"] for row in tracking["rows"]):
-        added = " | ".join(f"{of[recipe, t]['added_percent']:+.1f} %" for t in ("again", "cosine", "updates"))
-        lines.append(f"| {recipe} | {1000 * of[recipe, 'none']['seconds_per_step']:.0f} ms | {added} |")
+    for cost, tracking in _load("tracking_*.json"):
+        lines += _tracking(cost, tracking)
     for kind, text in PICTURES.items():
         lines += [
             "",
             *(f"![{title}, W3A3: {text}](pictures/{path.stem}_{kind}.png)" for title, (path, _) in runs.items()),
         ]
     return "\n".join(lines)
+
+
+def _tracking(cost: Path, tracking: dict[str, Any]) -> list[str]:
+    lines = ["", f"What tracking adds to the time of a student's step ([record](../benchmarks/results/{cost.name}); cosines every "
+              f"{tracking['cosine_every']} steps, net updates every {tracking['updates_every']}; *again*: the same student without):", "",
+              "| recipe | step | again | cosines | net updates |", "|---|---:|---:|---:|---:|"]  # fmt: skip
+    of = {(row["recipe"], row["tracking"]): row for row in tracking["rows"]}
+    for recipe in dict.fromkeys(row["recipe"] for row in tracking["rows"]):
+        added = " | ".join(f"{of[recipe, t]['added_percent']:+.1f} %" for t in ("again", "cosine", "updates"))
+        lines.append(f"| {recipe} | {1000 * of[recipe, 'none']['seconds_per_step']:.0f} ms | {added} |")
+    return lines
 
 
 PICTURES = {

@@ -16,10 +16,11 @@ import torch
 
 import zsq_fast as zsq
 from benchmarks import record
+from zsq_fast.cli.quantize import COSINE_EVERY
 from zsq_fast.methods import Progress, Result, run_together
 from zsq_fast.models import load_model
 
-COSINE = 20  # steps between two measurements: the default of --track-cosine
+COSINE = COSINE_EVERY
 TRACKING: dict[str, dict[str, Any]] = {
     "none": {},
     "again": {},

@@ -116,7 +116,7 @@ def test_before_a_run_the_drops_of_the_committed_ones_are_known(monkeypatch):
     drops = sorted(p.drop for p in points if p.weight_bits == 3)
     found = module.prior((3.0, 3.0))
     assert (found.low, found.high, found.runs, found.level) == (drops[0], drops[-1], 10, 9 / 11)
-    assert found.drop == pytest.approx((drops[4] + drops[5]) / 2) and "(82% interval; 10 runs at these bits" in str(
+    assert found.drop == pytest.approx((drops[4] + drops[5]) / 2) and "(82% interval; 10 runs at these bits of " in str(
         found
     )
     for measured, word in ((drops[0], "inside"), (drops[-1] + 0.1, "outside")):

@@ -10,6 +10,7 @@ import torch
 from every_op import EVERY_OP, inputs
 
 from zsq_fast import ops
+from zsq_fast.ops.schemas import SCHEMAS
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 NAMES = list(EVERY_OP)
@@ -50,6 +51,12 @@ LOSSES = {
     "fake_quant_learned": lambda t, x: ops.fake_quant_learned(x, t["step"], -4, 3).square().sum(),
     "feature_alignment": lambda t, x: ops.feature_alignment(x, t["other"]),
 }  # fmt: skip
+
+
+def test_every_backward_pass_is_known_here():
+    """bn_act_fake_quant's refusal is tested with its other gradients."""
+    passes = {schema.split("(")[0] for schema in SCHEMAS if "_backward(" in schema}
+    assert passes == {f"{name}_backward" for name in (*LOSSES, "bn_act_fake_quant")}
 
 
 @pytest.mark.parametrize("name", LOSSES)

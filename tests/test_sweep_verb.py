@@ -328,6 +328,46 @@ def touch_images(run: Run, count: int) -> None:
         (run.path / "images" / "set" / name).write_bytes(name.encode())
 
 
+HOSTILE = [
+    {"seeds": ["x/../../../../pwned"]}, {"seeds": [[1]]}, {"seeds": [True]}, {"seeds": [-1]},
+    {"overrides": [1]}, {"schedule": 3}, {"recipe": ["hast"]}, {"vary": [3]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values", HOSTILE, ids=str)
+def test_a_plan_of_others_is_read_strictly(tmp_path, values):
+    path = tmp_path / "plan.json"
+    made = plan("student.epsilon=0.02,0.03", seeds=[3])
+    path.write_text(json.dumps(made.to_dict()))
+    assert Plan.load(tmp_path).seeds == (3,)
+    path.write_text(json.dumps({**made.to_dict(), **values}))
+    with pytest.raises(BadFileError, match="damaged"):
+        Plan.load(tmp_path)
+
+
+def test_links_are_not_followed(capsys, tiny, swept, tmp_path):
+    out = tmp_path / "sweep"
+    out.mkdir()
+    (out / "plan.json").write_bytes((swept / "plan.json").read_bytes())
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    point = out / "student.epsilon=0.01"
+    point.mkdir()
+    (point / "seed-0.log").symlink_to(victim)
+    code, _, err = call(capsys, "sweep", out, "--allow-import", "--quiet", "--no-pictures")
+    assert code == 74 and "seed-0.log" in assert_one_sentence(err) and victim.read_text() == "mine"
+    (point / "seed-0.log").unlink()
+    (point / "seed-0").symlink_to(tmp_path / "elsewhere")
+    code, _, err = call(capsys, "sweep", out, "--allow-import", "--quiet", "--no-pictures")
+    assert code == 4 and "is a link" in assert_one_sentence(err) and not (tmp_path / "elsewhere").exists()
+
+
+def test_many_values_are_no_file(capsys, tiny, tmp_path):
+    rates = ",".join(f"0.{i:09}" for i in range(1, 60))
+    code, _, err = call(capsys, *words(tiny, tmp_path / "out", "--vary", f"student.lrr={rates}"))
+    assert code == 2 and "student.lr" in assert_one_sentence(err)
+
+
 def test_runs_wait_only_for_images_that_are_being_made(tmp_path):
     small = ["images.batch_size=8"]
     first, second, fewer, other = plan(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,6 @@ from cli_support import assert_one_sentence, call, make_tiny, schedule
 from networks import tiny as network
 from torch import nn
 
-from zsq_fast.errors import StorageError
 from zsq_fast.methods import Trainer, load_recipe
 from zsq_fast.nn import QuantAct
 
@@ -251,8 +252,9 @@ def test_resume_can_begin_a_log_and_end_one(capsys, monkeypatch, tiny, tmp_path,
         assert [step for step, _ in pictures(run)] == STEPS[2:3], "optimised images, once"
 
 
-def test_a_missing_package_is_named_before_the_run(capsys, monkeypatch, tiny, tmp_path):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+@pytest.mark.parametrize("package", ["torch.utils.tensorboard", "PIL.Image"])
+def test_a_missing_package_is_named_before_the_run(capsys, monkeypatch, tiny, tmp_path, package):
+    monkeypatch.setitem(sys.modules, package, None)
     code, out, err = call(capsys, *words(tiny, tmp_path / "run", "--tensorboard"))
     assert (code, out) == (2, "") and "zsq-fast[tensorboard]" in assert_one_sentence(err)
     assert not (tmp_path / "run").exists()
@@ -275,10 +277,33 @@ def recipe(name: str = "gdfq", **numbers: object):
     return load_recipe(name, input_size=(3, 8, 8), overrides=[*overrides, "quant.ema=plain"])
 
 
-def test_an_unwritable_folder(tmp_path):
+def test_an_unwritable_folder_is_a_warning(tmp_path):
     (tmp_path / "file").write_text("")
-    with TensorBoard(tmp_path / "file" / "log") as log, pytest.raises(StorageError):
-        Trainer(network(), recipe(), input_size=(3, 8, 8), on_epoch=log).run()
+    plain = Trainer(network(), recipe(), input_size=(3, 8, 8)).run()
+    with (
+        TensorBoard(tmp_path / "file" / "log") as log,
+        pytest.warns(UserWarning, match="nothing more is written for TensorBoard"),
+    ):
+        result = Trainer(network(), recipe(), input_size=(3, 8, 8), on_epoch=log).run()
+    assert result.history == plain.history
+
+
+@pytest.mark.parametrize("method", ["_add_histograms", "_add_images", "__exit__"])
+def test_what_goes_wrong_in_the_log_costs_no_run(capsys, monkeypatch, tiny, tmp_path, method):
+    """Full disks in the first epoch, or when the log is closed behind the last."""
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if method == "__exit__":
+        monkeypatch.setattr(tensorboard.writer_class(), "close", fail)
+    else:
+        monkeypatch.setattr(TensorBoard, method, fail)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, _, err = call(capsys, *words(tiny, tmp_path / "run", "--tensorboard"))
+    assert code == 0 and "nothing more is written for TensorBoard" in err
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
 
 
 def test_images_and_histograms_at_some_epochs_only(monkeypatch, tmp_path):

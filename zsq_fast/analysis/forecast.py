@@ -238,7 +238,7 @@ class Prior:
     def __str__(self) -> str:
         text = (
             f"forecast before training: top-1 drops by {self.drop:.2f} points, {self.low:.2f} to {self.high:.2f} "
-            f"({self.level:.0%} interval; {self.runs} runs at these bits of {self.network})"
+            f"({self.level:.0%} interval; {self.runs} runs at these bits of {self.network}; of another network it promises nothing)"
         )
         if self.measured is None:
             return text

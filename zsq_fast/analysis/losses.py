@@ -37,10 +37,9 @@ class BatchLosses:
     The teacher's logits and features are constants. The student runs through its quantizers, whose straight-through estimator is the
     identity: its derivative is 1 and its second derivative 0, so that gradient and Hessian for the weights are those of the loss of a
     network without quantizers, taken at the quantized weights and activations (ait_family.md 8.2, hast_family.md 7.1). Automatic
-    differentiation gives both exactly. The fused losses of training would not: they have first derivatives only, and the one of
-    feature alignment loses the second without an error. Hence these are plain PyTorch, learned ranges included
-    (`zsq_fast.nn.twice_differentiable`); values and gradients equal those of training up to rounding (a test compares). Logits and
-    attentions are taken to float64 first: at T = 20 the KL is a small difference of large terms.
+    differentiation gives both exactly. The fused losses of training refuse a second derivative, hence these are plain PyTorch, learned
+    ranges included (`zsq_fast.nn.twice_differentiable`); values and gradients equal those of training up to rounding (a test compares).
+    Logits and attentions are taken to float64 first: at T = 20 the KL is a small difference of large terms.
 
     Args:
         teacher: the float network; run once, not changed.

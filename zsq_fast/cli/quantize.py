@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from zsq_fast.cli.arguments import Parser, add_job_options, bits, integer, seed
 
+COSINE_EVERY = 20  # steps: --track-cosine without a number
+
 
 def make_parser() -> Parser:
     parser = Parser("quantize", "Quantize a trained network without its data.")
@@ -19,9 +21,11 @@ def make_parser() -> Parser:
     add(
         "--track-cosine",
         type=integer(0),
+        nargs="?",
         default=0,
+        const=COSINE_EVERY,
         metavar="N",
-        help="record the cosines between the gradients of CE, KL and FA at every Nth step (0: at none)",
+        help=f"record the cosines between the gradients of CE, KL and FA at every Nth step ({COSINE_EVERY})",
     )
     add("--track-updates", action="store_true", help="record per epoch and layer which integer weights changed")
     add("--tensorboard", action="store_true", help="write curves, synthetic images and histograms to DIR/tensorboard")
@@ -35,7 +39,7 @@ def run(words: Sequence[str]) -> int:
     from zsq_fast.cli.result import print_result
     from zsq_fast.cli.training import default_out, execute, make_trainer, plan
     from zsq_fast.methods import load_recipe
-    from zsq_fast.runs import RunDir
+    from zsq_fast.runs import Progress, RunDir
     from zsq_fast.runs.directory import check_free
 
     if arguments.out:
@@ -60,7 +64,7 @@ def run(words: Sequence[str]) -> int:
     )
     if arguments.dry_run:
         return plan(job, recipe, teacher, as_json=arguments.json)
-    trainer = make_trainer(job, recipe, teacher, quiet=arguments.quiet)
+    trainer = make_trainer(job, recipe, teacher, Progress(quiet=arguments.quiet))
     out = arguments.out or default_out(job, arguments.recipe, recipe)
     with RunDir.create(out, trainer.recipe.to_dict(), job.to_info()) as run_dir:
         print_result(execute(run_dir, job, trainer), as_json=arguments.json)

@@ -103,10 +103,10 @@ def _run(path: Path, job: Job, recipe: Recipe, teacher: nn.Module, *, quiet: boo
     """The result of one seed: read, gone on with, or trained from the start."""
     from zsq_fast.cli.training import execute, make_trainer, proceed
     from zsq_fast.methods.autorecon import SEARCH
-    from zsq_fast.runs import RunDir
+    from zsq_fast.runs import Progress, RunDir
 
     if not RunDir.is_run(path):
-        trainer = make_trainer(job, recipe, teacher, quiet=quiet)
+        trainer = make_trainer(job, recipe, teacher, Progress(quiet=quiet))
         with RunDir.create(path, trainer.recipe.to_dict(), job.to_info()) as run_dir:
             return execute(run_dir, job, trainer)
     with RunDir.open(path) as run_dir:

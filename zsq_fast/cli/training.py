@@ -44,7 +44,7 @@ def plan(job: Job, recipe: Recipe, teacher: nn.Module, *, runs: int = 1, as_json
     return 0
 
 
-def make_trainer(job: Job, recipe: Recipe, teacher: nn.Module, *, quiet: bool = False) -> Trainer:
+def make_trainer(job: Job, recipe: Recipe, teacher: nn.Module, progress: Progress) -> Trainer:
     """Everything that can be wrong with the input is found here, before a run directory exists."""
     if job.tensorboard:
         from zsq_fast.live.tensorboard import writer_class
@@ -60,7 +60,7 @@ def make_trainer(job: Job, recipe: Recipe, teacher: nn.Module, *, quiet: bool = 
         evaluate=None if measure is None else lambda model: measure(model).top1,
         eval_every=job.eval_every,
         track_cosine=job.track_cosine,
-        progress=Progress(quiet=quiet),
+        progress=progress,
         channels_last=job.channels_last,
         force=job.force,
         track_updates=job.track_updates,
@@ -101,13 +101,13 @@ def proceed(run_dir: RunDir, *, allow_import: bool, quiet: bool, tensorboard: bo
     for `tensorboard` where it is not None."""
     if run_dir.holds(RESULT):
         return run_dir.load_json(RESULT)
-    info = run_dir.info
+    info, progress = run_dir.info, Progress(quiet=quiet)
     job = Job.from_info(info, run_dir.path, allow_import=allow_import)
-    job, teacher = load(job if tensorboard is None else replace(job, tensorboard=tensorboard))
-    if (began := info.get("versions", {}).get("torch")) != torch.__version__:
-        warnings.warn(
-            f"the run began with torch {began}, this is {torch.__version__}: the result may not be bit-identical.",
-            stacklevel=2,
-        )
-    trainer = make_trainer(job, Recipe.from_dict(run_dir.recipe), teacher, quiet=quiet)
-    return execute(run_dir, job, trainer)
+    with reporting(run_dir.path, progress):  # from here on, or who looks on sees how the run ended before
+        job, teacher = load(job if tensorboard is None else replace(job, tensorboard=tensorboard))
+        if (began := info.get("versions", {}).get("torch")) != torch.__version__:
+            warnings.warn(
+                f"the run began with torch {began}, this is {torch.__version__}: the result may not be bit-identical.",
+                stacklevel=2,
+            )
+        return execute(run_dir, job, make_trainer(job, Recipe.from_dict(run_dir.recipe), teacher, progress))

@@ -47,7 +47,7 @@ class View:
         stage, activity: what the process does, and what holds its steps up.
         step, steps, first: of the stage; `first` were taken by an earlier process.
         seconds: since this process began the stage, as it last wrote; None where no status tells.
-        rate: steps per second of the last minute; 0: not known.
+        rate: steps per second of late (runs/status.py); 0: not known.
         silent: seconds since the last writing.
         missed: whether that is longer than a process that lives would be silent.
         epoch, epochs: those that are complete, of all.
@@ -78,7 +78,7 @@ class View:
     @property
     def left(self) -> float | None:
         """Seconds at this rate."""
-        return (self.steps - self.step) / self.rate if self.rate > 0 else None
+        return (self.steps - self.step) / self.rate if self.rate > 1e-6 else None
 
 
 class Reader:

@@ -17,9 +17,12 @@ LONGEST = 200  # characters of a text
 COLOURS = {DONE: "green", FAILED: "red", INTERRUPTED: "yellow"}
 
 
-def clean(text: str, encoding: str) -> str:
-    """On one line and without what a terminal would obey or could not write."""
-    shown = "".join(c if c.isprintable() else "?" for c in " ".join(text[: 4 * LONGEST].split()))[:LONGEST]
+def clean(text: str, encoding: str, longest: int | None = LONGEST) -> str:
+    """On one line and without what a terminal would obey or could not write; spaces are joined and the end is cut unless `longest`
+    is None, as a command needs it that is to be pasted."""
+    if longest is not None:
+        text = " ".join(text[: 4 * longest].split())[:longest]
+    shown = "".join(c if c.isprintable() else "?" for c in text)
     return shown.encode(encoding, "replace").decode(encoding)
 
 
@@ -48,7 +51,8 @@ def verdict(view: View) -> str:
     if view.state == INTERRUPTED:
         return f"interrupted at step {view.step}; {go_on}"
     if view.state == FAILED:
-        return f"failed{f': {view.message}' if view.message else ''} ({go_on})"
+        message = " ".join(view.message.split())[:LONGEST]
+        return f"failed{f': {message}' if message else ''} ({go_on})"
     if view.missed:
         return f"nothing was written for {view.silent:.0f} s: a step may take long, or the process was killed; then {go_on}"
     if view.state != RUNNING:
@@ -99,7 +103,7 @@ def screen(view: View, path: str, console: Console) -> RenderableType:
             curves.add_row(Text(series.title), Text(line, "cyan"), Text(_latest(series)))
         parts.append(curves)
     if said := verdict(view):
-        parts.append(Text(clean(said, encoding), COLOURS.get(view.state, "yellow"), overflow="fold"))
+        parts.append(Text(clean(said, encoding, None), COLOURS.get(view.state, "yellow"), overflow="fold"))
     return Group(*parts)
 
 
@@ -107,5 +111,7 @@ def line(view: View, encoding: str) -> str:
     """The same on one line, for a log."""
     parts = [_stage(view), f"step {view.step}/{view.steps}", _time(view)]
     parts += [f"{series.title} {_latest(series, spread=False)}" for series in view.series]
-    parts.append("" if view.state in ENDED else verdict(view))
-    return "; ".join(clean(part, encoding) for part in parts if part)
+    shown = [clean(part, encoding) for part in parts if part]
+    if view.state not in ENDED and (said := verdict(view)):
+        shown.append(clean(said, encoding, None))
+    return "; ".join(shown)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from zsq_fast.nn import QuantAct
 from zsq_fast.report.images import strips
 from zsq_fast.runs.storage import writing
 
+MOST = 1024  # images that a contact sheet is chosen from
 PICTURES = 20  # epochs with images and histograms, at most, and the last one
 # key of a record -> tag
 SCALARS = {
@@ -36,10 +39,12 @@ PER_WEIGHT = {"update_ratio": "updates", "net_update_ratio": "net_updates", "log
 def writer_class() -> Any:
     """SummaryWriter; UsageError where its package is missing."""
     try:
+        import PIL.Image  # noqa: F401  add_image imports it at the first picture
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UsageError(
-            "--tensorboard needs the package tensorboard: pip install 'zsq-fast[tensorboard]', or leave it out (resume: --no-tensorboard)."
+            "--tensorboard needs the packages tensorboard and pillow: pip install 'zsq-fast[tensorboard]', or leave it out "
+            "(resume: --no-tensorboard)."
         ) from None
     return SummaryWriter
 
@@ -50,41 +55,56 @@ class TensorBoard:
     The step of everything is the trainer's. Once per epoch what its record holds is written, which the host has read already; at
     some 20 epochs also a contact sheet of synthetic images, of the same noise every time or of the optimised images once, and
     histograms: the integer codes of every quantized weight, and the ends of the activation ranges over the network. A run that goes
-    on in a folder hides what a killed process wrote behind the checkpoint; in a new folder it begins with the epochs so far.
+    on in a folder hides what a killed process wrote behind the checkpoint; in a new folder it begins with the epochs so far. No
+    training ends because of it: what keeps it from being written is a warning, and nothing more is written.
 
     Args:
         folder: of the event files; TensorBoard names them after the time, the host and the process.
         mean, std: of the images' normalisation, per channel; empty: their range becomes black to white.
 
     Raises:
-        UsageError: the package tensorboard is missing. StorageError: the files cannot be written.
+        UsageError: the package tensorboard, or pillow, is missing.
     """
 
     def __init__(self, folder: Path, mean: Sequence[float] = (), std: Sequence[float] = ()):
         self.folder, self.mean, self.std = folder, mean, std
         self._class = writer_class()
         self._writer: Any = None
+        self._given_up = False
 
     def __call__(self, trainer: Trainer, record: Mapping[str, Any]) -> None:
+        if not self._given_up:
+            with self._excused():
+                self._add(trainer, record)
+
+    @contextlib.contextmanager
+    def _excused(self) -> Iterator[None]:
+        try:
+            with writing(self.folder):
+                yield
+        except Exception as error:
+            self._given_up = True
+            warnings.warn(f"nothing more is written for TensorBoard: {error}", stacklevel=2)
+
+    def _add(self, trainer: Trainer, record: Mapping[str, Any]) -> None:
         history, schedule = trainer.state.history, trainer.recipe.schedule
         names = [name.removesuffix(".weight") for group in weights_by_bits(trainer.student).values() for name in group]
-        with writing(self.folder):
-            first = len(history) == 1
-            if self._writer is None and not any(self.folder.glob("events.*")):
-                first = True
-                self._open(history[0]["step"])
-                for earlier in history[:-1]:
-                    self._add_scalars(earlier, trainer.recipe, names)
-            elif self._writer is None:
-                self._open(record["step"])
-            self._add_scalars(record, trainer.recipe, names)
-            done = record["epoch"] + 1
-            due = first or done == schedule.epochs or done % -(-schedule.epochs // PICTURES) == 0
-            if due:
-                self._add_histograms(trainer.student, record["step"])
-            if due and (trainer.batches is None or first):  # optimised images stay what they are
-                self._add_images(trainer, record["step"])
-            self._writer.flush()
+        first = len(history) == 1
+        if self._writer is None and not any(self.folder.glob("events.*")):
+            first = True
+            self._open(history[0]["step"])
+            for earlier in history[:-1]:
+                self._add_scalars(earlier, trainer.recipe, names)
+        elif self._writer is None:
+            self._open(record["step"])
+        self._add_scalars(record, trainer.recipe, names)
+        done = record["epoch"] + 1
+        due = first or done == schedule.epochs or done % -(-schedule.epochs // PICTURES) == 0
+        if due:
+            self._add_histograms(trainer.student, record["step"])
+        if due and (trainer.batches is None or first):  # optimised images stay what they are
+            self._add_images(trainer, record["step"])
+        self._writer.flush()
 
     def _open(self, step: int) -> None:
         self._writer = self._class(str(self.folder), purge_step=step)
@@ -120,7 +140,7 @@ class TensorBoard:
         if trainer.batches is None:
             images, labels = trainer.synthesis.images("tensorboard")
         else:
-            images, labels = trainer.batches.images, trainer.batches.labels
+            images, labels = trainer.batches.images[:MOST], trainer.batches.labels[:MOST]
         rows = [pixels for _, _, pixels in strips(images.cpu(), labels.cpu(), self.mean, self.std)]
         width = max(row.shape[1] for row in rows)
         sheet = torch.cat([F.pad(row, (0, 0, 0, width - row.shape[1])) for row in rows])
@@ -130,8 +150,8 @@ class TensorBoard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            with writing(self.folder):
+        if self._writer is not None and not self._given_up:
+            with self._excused():
                 self._writer.close()
 
 

@@ -73,7 +73,7 @@ def _print_lines(reader: Reader, view: View, console: Console, interval: float) 
             shown, printed = news, now
             _say(line(view, console.encoding), console)
         if view.state in ENDED:
-            _say(clean(verdict(view), console.encoding), console)
+            _say(clean(verdict(view), console.encoding, None), console)
             return view
         time.sleep(interval)
         view = reader.look()

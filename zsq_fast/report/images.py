@@ -67,9 +67,10 @@ def strips(
     """The strips of a `Sheet` of images `[N, C, H, W]` with labels `[N]` or soft ones `[N, classes]`: some classes, a few of each."""
     if labels.dim() == 2:
         labels = labels.argmax(1)
+    scale = _scale(images, mean, std)
     for label in _spread(sorted(set(labels.tolist())), CLASSES):
         chosen = images[labels == label][:COLUMNS]
-        pixels = F.pad(_pixels(_small(chosen), *_scale(images, mean, std)), (0, 0, 0, GAP, 0, GAP))
+        pixels = F.pad(_pixels(_small(chosen), *scale), (0, 0, 0, GAP, 0, GAP))
         yield label, len(chosen), pixels.permute(1, 0, 2, 3).flatten(1, 2)
 
 

@@ -61,7 +61,7 @@ class StatusFile:
             self._values["seconds"] = now - self._began
             self._marks.append((now, self._values["step"]))
             (then, before), (_, step) = self._marks[0], self._marks[-1]
-            self._values["rate"] = (step - before) / (now - then) if step > before else 0.0
+            self._values["rate"] = (step - before) / max(now - then, 1e-9) if step > before else 0.0
         temporary = self.path.with_name(f"{TMP}{self.path.name}-{os.getpid()}")
         with contextlib.suppress(OSError):
             temporary.write_text(json.dumps(plain(self._values)))
@@ -70,7 +70,11 @@ class StatusFile:
 
 @contextlib.contextmanager
 def reporting(directory: Path, progress: Progress) -> Iterator[None]:
-    """Within: status.json of the run directory follows `progress`; it says at last how the body ended."""
+    """Within: status.json of the run directory follows `progress`; it says at last how the body ended. Inside another one it does
+    nothing."""
+    if progress.status is not None:
+        yield
+        return
     status = progress.status = StatusFile(directory / STATUS)
     try:
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -65,7 +66,8 @@ def _add_own(parser: Parser) -> None:
 
 def run(words: Sequence[str]) -> int:
     pairs = zip(["", *words], words)
-    going_on = any((Path(word) / PLAN).is_file() for before, word in pairs if before != "--out")
+    # os.path: a list of values may be longer than a file's name, which Path takes for an error.
+    going_on = any(before != "--out" and os.path.isfile(os.path.join(word, PLAN)) for before, word in pairs)
     arguments = (make_directory_parser() if going_on else make_parser()).parse(words)
     from zsq_fast.cli.sweep.plan import Plan
 
@@ -104,7 +106,8 @@ def run(words: Sequence[str]) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> tuple[Plan, Path]:
-    """From a whole command line. Everything that can be wrong with it is found here, before there is a directory."""
+    """From a whole command line. What is wrong with options, values, files and the network's name is found here, before there is a
+    directory; what a run refuses in the network itself (nothing to quantize, unknown feature points), that run says."""
     from zsq_fast.cli.job import Job, evaluator
     from zsq_fast.cli.sweep.plan import Plan
     from zsq_fast.cli.training import default_out
@@ -163,7 +166,7 @@ def _train(plan: Plan, out: Path, runs: Sequence[Run], errors: dict[str, str], a
     from zsq_fast.cli.sweep.results import collect
     from zsq_fast.cli.sweep.workers import work
     from zsq_fast.runs import Progress, RunDir
-    from zsq_fast.runs.directory import MANIFEST
+    from zsq_fast.runs.directory import IMAGES, MANIFEST
     from zsq_fast.runs.storage import replace_file, to_json
 
     with _locked(out):
@@ -171,6 +174,9 @@ def _train(plan: Plan, out: Path, runs: Sequence[Run], errors: dict[str, str], a
         todo = [run for run in runs if run.result() is None]
         for run in todo:
             errors.pop(run.label, None)
+            for path in (run.path.parent, run.path, run.path / IMAGES):
+                if path.is_symlink():
+                    raise BadFileError(f"{path} is a link, which could lead anywhere; remove it.")
             if (run.path / MANIFEST).is_file():
                 with contextlib.suppress(BadFileError):  # the run itself will tell
                     RunDir.open(run.path).close()  # StorageError: another process is training it

@@ -22,6 +22,7 @@ from zsq_fast.runs.directory import MANIFEST
 from zsq_fast.runs.storage import from_json
 
 LONGEST = 120  # characters of a point's name
+LISTS = {"overrides": str, "seeds": int}  # of a plan; seeds name directories
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,10 @@ class Plan:
         values = from_json(data, path)
         try:
             resolved, job = values.pop("resolved"), Job.from_info(values, path, allow_import=allow_import)
-            lists = {name: tuple(values[name]) for name in ("overrides", "seeds")}
-            plan = cls(**{**values, **lists, "job": job, "vary": tuple(option(text) for text in values["vary"])})
+            lists = {name: tuple(_typed(kind, v) for v in values[name]) for name, kind in LISTS.items()}
+            texts = {name: _typed(str, values[name]) for name in ("recipe", "schedule")}
+            vary = tuple(option(text) for text in values["vary"])
+            plan = cls(**{**values, **lists, **texts, "job": job, "vary": vary})
         except Exception as error:
             raise BadFileError(f"{path} is damaged, or of another version of zsq_fast.") from error
         if plan.resolve() != Recipe.from_dict(resolved):
@@ -200,6 +203,13 @@ class Plan:
             raise UsageError(
                 f"{out} was begun with {gone[0]}, which is missing now: add to a sweep, or choose another --out."
             )
+
+
+def _typed(kind: type, value: Any) -> Any:
+    """TypeError unless it is of this very kind (a bool is no int), and not negative."""
+    if type(value) is not kind or (isinstance(value, int) and value < 0):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
 
 
 def value_of(recipe: Recipe, key: str) -> Any:

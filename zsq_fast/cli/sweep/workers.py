@@ -32,7 +32,9 @@ class Worker:
         self.run = run
         with writing(run.log):
             make_directory(run.log.parent)
-            with open(run.log, "ab") as log:
+            # A link could lead anywhere.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+            with open(os.open(run.log, flags, 0o666), "ab") as log:
                 self._begin = log.tell()
                 self.process = subprocess.Popen(
                     command,
