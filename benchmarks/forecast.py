@@ -17,7 +17,7 @@ from typing import Any
 
 import zsq_fast
 from benchmarks import record
-from zsq_fast.analysis.forecast import DATA, Calibration, Point
+from zsq_fast.analysis.forecast import DATA, Calibration, Point, trained_on
 from zsq_fast.errors import UsageError
 
 PATTERN = "cifar10_resnet20_*.json"
@@ -49,6 +49,7 @@ def points(folder: Path) -> Iterator[Point]:
                 last["held_out_agreement"],
                 last["held_out_kl"],
                 round(top1["float"] - top1["last"], 2),
+                trained_on(recipe["images"]["enabled"]),
             )
 
 
@@ -59,11 +60,13 @@ def main() -> None:
     ap.add_argument("--out", type=Path, default=Path(zsq_fast.__file__).parent / "analysis" / DATA)
     args = ap.parse_args()
     found = list(points(args.records))
-    try:
-        summary = str(Calibration(found))
-    except UsageError as error:
-        summary = str(error)
-    print(summary)
+    summary = {}
+    for images in map(trained_on, (True, False)):
+        try:
+            summary[images] = str(Calibration([p for p in found if p.images == images]))
+        except UsageError as error:
+            summary[images] = str(error)
+        print(f"{images} images: {summary[images]}")
     if args.write:
         environment = record.environment()
         held = {

@@ -87,21 +87,21 @@ def test_what_lies_beyond_is_named():
 
 @pytest.mark.parametrize("points", [made(9), made(30, recipes=4), []])
 def test_too_few_points(points):
-    with pytest.raises(UsageError, match=r"not calibrated: .*`python -m benchmarks\.forecast --write"):
+    with pytest.raises(UsageError, match=r"not calibrated for such images: .*`python -m benchmarks\.forecast --write"):
         Calibration(points)
 
 
 def test_the_outlook_is_checked_against_what_was_measured(monkeypatch):
-    monkeypatch.setattr(module, "calibration", lambda: Calibration(made(20, noise=0.3)))
+    monkeypatch.setattr(module, "calibration", lambda _: Calibration(made(20, noise=0.3)))
     p = made(20, noise=0.3)[3]
-    found = outlook(p.agreement, p.kl, (p.weight_bits, p.act_bits))
+    found = outlook(p.agreement, p.kl, (p.weight_bits, p.act_bits), "optimised")
     assert isinstance(found, Outlook) and found.measured is None and "measured" not in str(found)
-    assert found.forecast == module.forecast(p.agreement, p.kl, (p.weight_bits, p.act_bits))
+    assert found.forecast == module.forecast(p.agreement, p.kl, (p.weight_bits, p.act_bits), "optimised")
     for measured, word in ((found.forecast.drop, "inside"), (found.forecast.high + 1, "outside")):
-        checked = outlook(p.agreement, p.kl, (p.weight_bits, p.act_bits), measured)
+        checked = outlook(p.agreement, p.kl, (p.weight_bits, p.act_bits), "optimised", measured)
         assert f"{measured:.2f} points, {word} the interval" in str(checked)
     assert "20 runs of 6 recipes" in str(found) and "error on a recipe left out: mean" in str(found)
-    assert "beyond the calibration (bits)" in str(outlook(p.agreement, p.kl, (8, 8)))
+    assert "beyond the calibration (bits)" in str(outlook(p.agreement, p.kl, (8, 8), "optimised"))
     figure = pytest.importorskip("matplotlib.figure").Figure()
     draw(checked, figure)
     figure.canvas.draw()
@@ -112,17 +112,17 @@ def test_the_outlook_is_checked_against_what_was_measured(monkeypatch):
 def test_before_a_run_the_drops_of_the_committed_ones_are_known(monkeypatch):
     points = made(20)
     ablation = replace(points[0], record="x_ablation_y.json a", drop=99.0)
-    monkeypatch.setattr(module, "calibration", lambda: Calibration([*points, ablation]))
+    monkeypatch.setattr(module, "calibration", lambda _: Calibration([*points, ablation]))
     drops = sorted(p.drop for p in points if p.weight_bits == 3)
-    found = module.prior((3.0, 3.0))
+    found = module.prior((3.0, 3.0), "optimised")
     assert (found.low, found.high, found.runs, found.level) == (drops[0], drops[-1], 10, 9 / 11)
     assert found.drop == pytest.approx((drops[4] + drops[5]) / 2) and "(82% interval; 10 runs at these bits of " in str(
         found
     )
     for measured, word in ((drops[0], "inside"), (drops[-1] + 0.1, "outside")):
-        assert str(module.prior((3.0, 3.0), measured)).endswith(f"; measured {measured:.2f}, {word}")
+        assert str(module.prior((3.0, 3.0), "optimised", measured)).endswith(f"; measured {measured:.2f}, {word}")
     with pytest.raises(UsageError, match="0 committed runs at W8A8"):
-        module.prior((8, 8))
+        module.prior((8, 8), "optimised")
 
 
 def test_the_interval_before_a_run_holds_what_it_promises(monkeypatch):
@@ -130,8 +130,8 @@ def test_the_interval_before_a_run_holds_what_it_promises(monkeypatch):
     inside = total = 0
     for seed in range(300):
         points = [replace(p, weight_bits=3, act_bits=3) for p in made(11, noise=0.3, seed=seed)]
-        monkeypatch.setattr(module, "calibration", lambda known=points[:10]: Calibration(known))
-        found = module.prior((3, 3))
+        monkeypatch.setattr(module, "calibration", lambda _, known=points[:10]: Calibration(known))
+        found = module.prior((3, 3), "optimised")
         inside, total = inside + (found.low <= points[10].drop <= found.high), total + 1
     assert inside / total == pytest.approx(9 / 11, abs=0.07)
 
@@ -139,7 +139,11 @@ def test_the_interval_before_a_run_holds_what_it_promises(monkeypatch):
 def student(name: str, bits: int, **more) -> dict:
     history = [{"epoch": 0}, {"epoch": 1, "held_out_agreement": 0.9, "held_out_kl": 0.1}]
     quant = {"weight_bits": bits, "act_bits": bits, "average_weight_bits": 0.0}
-    held = {"results": {"float": 91.73, "last": 90.0}, "history": history, "recipe": {"name": name, "quant": quant}}
+    held = {
+        "results": {"float": 91.73, "last": 90.0},
+        "history": history,
+        "recipe": {"name": name, "quant": quant, "images": {"enabled": True}},
+    }
     return {**held, **more}
 
 
@@ -162,11 +166,12 @@ def test_points_of_records(tmp_path):
     write("c", student("old", 4, history=[{"epoch": 0, "top1": 90.0}]))
     write("d", student("rehearsal", 4), images=100)
     mixed = {"weight_bits": 4, "act_bits": 4, "average_weight_bits": 3.5}
-    write("e", student("zeroq_mixed", 4, recipe={"name": "zeroq_mixed", "quant": mixed}))
+    write("e", student("zeroq_mixed", 4, recipe={"name": "zeroq_mixed", "quant": mixed, "images": {"enabled": False}}))
     found = list(program.points(tmp_path))
     assert [(p.record.split("_")[-1], p.recipe, p.weight_bits) for p in found] == [
         ("a.json", "ait", 3), ("b.json x", "hast", 3), ("e.json", "zeroq_mixed", 3.5)]  # fmt: skip
     assert (found[0].agreement, found[0].kl, found[0].drop) == (0.9, 0.1, 1.73)
+    assert [p.images for p in found] == ["optimised", "optimised", "generated"]
 
 
 def test_the_program_writes_what_the_package_reads(tmp_path, monkeypatch, capsys):
@@ -180,7 +185,8 @@ def test_the_program_writes_what_the_package_reads(tmp_path, monkeypatch, capsys
     assert "12 runs of 6 recipes" in capsys.readouterr().out
     held = json.loads(out.read_text())
     assert [Point(**p) for p in held["points"]] == list(program.points(tmp_path)) and held["commit"]
-    assert "12 runs of 6 recipes" in held["calibration"]
+    assert "12 runs of 6 recipes" in held["calibration"]["optimised"]
+    assert "not calibrated for such images: there are 0" in held["calibration"]["generated"]
 
 
 def test_committed_points_stand_in_committed_records():

@@ -74,7 +74,7 @@ def analyze(capsys, run: Path, *words: object) -> tuple[int, str, str]:
 
 
 def calibrated(monkeypatch) -> None:
-    monkeypatch.setattr(forecast, "calibration", lambda: Calibration(made(20, noise=0.3)))
+    monkeypatch.setattr(forecast, "calibration", lambda _: Calibration(made(20, noise=0.3)))
 
 
 def load_it(run: Path, **options):
@@ -226,14 +226,14 @@ def test_the_forecast_as_a_gate(capsys, run, monkeypatch):
 
 def test_a_run_prints_its_forecast(capsys, tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(forecast, "calibration", lambda: Calibration([]))  # too few
+        patched.setattr(forecast, "calibration", lambda _: Calibration([]))  # too few
         out = train(capsys, tiny, tmp_path / "without", "kl_only")
         held = json.loads((out / "result.json").read_text())
         assert held["forecast"] is None and held["forecast_before"] is None
         code, printed, _ = call(capsys, "resume", out)
         assert code == 0 and "forecast without data" not in printed
     known = [replace(p, weight_bits=3, act_bits=4) for p in made(20, noise=0.3)]
-    monkeypatch.setattr(forecast, "calibration", lambda: Calibration(known))
+    monkeypatch.setattr(forecast, "calibration", lambda _: Calibration(known))
     out = train(capsys, tiny, tmp_path / "with", "kl_only", "--eval-data", tiny.images)
     held = json.loads((out / "result.json").read_text())
     assert held["forecast"]["kl"] == held["held_out"]["last"]["kl"]

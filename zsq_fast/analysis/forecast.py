@@ -37,6 +37,7 @@ class Point:
         weight_bits, act_bits: of the student.
         agreement: share of the held-out images on which student and teacher agree. kl: mean KL(teacher || student) there, in nats.
         drop: float top-1 minus the student's, in points, on real test images.
+        images: what it was trained on, `trained_on` its recipe.
     """
 
     record: str
@@ -46,6 +47,13 @@ class Point:
     agreement: float
     kl: float
     drop: float
+    images: str = "optimised"
+
+
+def trained_on(optimised: bool) -> str:
+    """Which students can be compared: held-out images are the generator's, and one that was trained on others of the same generator
+    agrees with its teacher there far better than on real ones."""
+    return "optimised" if optimised else "generated"
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,8 @@ class Calibration:
         self.recipes = sorted({p.recipe for p in self.points})
         if len(self.points) < LEAST_POINTS or len(self.recipes) < LEAST_RECIPES:
             raise UsageError(
-                f"the forecast is not calibrated: there are {len(self.points)} committed runs of {len(self.recipes)} recipes with "
-                f"held-out images, and it needs {LEAST_POINTS} of {LEAST_RECIPES}; add records and run "
+                f"the forecast is not calibrated for such images: there are {len(self.points)} committed runs of {len(self.recipes)} "
+                f"recipes with held-out images, and it needs {LEAST_POINTS} of {LEAST_RECIPES}; add records and run "
                 "`python -m benchmarks.forecast --write`."
             )
         self.inputs = _choose(self.points)
@@ -125,8 +133,8 @@ class Calibration:
     def __str__(self) -> str:
         errors = [abs(error) for error in self.errors]
         return (
-            f"{len(self.points)} runs of {len(self.recipes)} recipes, by {' and '.join(self.inputs)}; error on a recipe left out: "
-            f"mean {np.mean(errors):.2f}, worst {max(errors):.2f} points"
+            f"{len(self.points)} runs of {len(self.recipes)} recipes on {self.points[0].images} images, by "
+            f"{' and '.join(self.inputs)}; error on a recipe left out: mean {np.mean(errors):.2f}, worst {max(errors):.2f} points"
         )
 
 
@@ -160,23 +168,24 @@ def read_points() -> tuple[dict[str, Any], list[Point]]:
 
 
 @cache
-def calibration() -> Calibration:
-    """The one of the committed records. Raises UsageError where they are too few."""
-    return Calibration(read_points()[1])
+def calibration(images: str) -> Calibration:
+    """The one of the committed records of students `trained_on` such images. Raises UsageError where they are too few."""
+    return Calibration([p for p in read_points()[1] if p.images == images])
 
 
-def forecast(agreement: float, kl: float, bits: tuple[float, float]) -> Forecast:
+def forecast(agreement: float, kl: float, bits: tuple[float, float], images: str) -> Forecast:
     """The accuracy drop to expect of a student, of which no test image is known.
 
     Args:
         agreement: share of held-out synthetic images on which student and teacher agree (`held_out_agreement` of a history).
         kl: mean KL(teacher || student) at temperature 1 there, in nats (`held_out_kl`).
         bits: of weights and activations.
+        images: what the student was trained on (`trained_on`).
 
     Raises:
-        UsageError: not calibrated: too few committed records.
+        UsageError: not calibrated: too few committed records of such students.
     """
-    return calibration().forecast(agreement, kl, bits)
+    return calibration(images).forecast(agreement, kl, bits)
 
 
 @dataclass(frozen=True)
@@ -187,6 +196,7 @@ class Outlook:
     kl: float
     weight_bits: float
     act_bits: float
+    images: str
     forecast: Forecast
     calibration: str
     measured: float | None = None
@@ -208,16 +218,18 @@ class Outlook:
         return "\n".join(lines)
 
 
-def outlook(agreement: float, kl: float, bits: tuple[float, float], measured: float | None = None) -> Outlook:
+def outlook(
+    agreement: float, kl: float, bits: tuple[float, float], images: str, measured: float | None = None
+) -> Outlook:
     """Raises UsageError: not calibrated."""
     held, _ = read_points()
-    about = f"{held['network']}: {calibration()}"
-    return Outlook(agreement, kl, *bits, forecast(agreement, kl, bits), about, measured)
+    about = f"{held['network']}: {calibration(images)}"
+    return Outlook(agreement, kl, *bits, images, forecast(agreement, kl, bits, images), about, measured)
 
 
 @dataclass(frozen=True)
 class Prior:
-    """What is known of the drop before a run: that of all committed runs of these bits, whatever their recipe.
+    """What is known of the drop before a run: that of all committed runs of these bits on such images, whatever their recipe.
 
     Attributes:
         drop: their median. low, high: the least and the most of `runs` runs, between which another one of their kind lies with
@@ -246,11 +258,13 @@ class Prior:
         return f"{text}; measured {self.measured:.2f}, {inside}"
 
 
-def prior(bits: tuple[float, float], measured: float | None = None) -> Prior:
+def prior(bits: tuple[float, float], images: str, measured: float | None = None) -> Prior:
     """Raises UsageError: fewer runs at these bits than LEAST_RECIPES, ablations (shorter runs) aside, or not calibrated."""
     held, _ = read_points()
     drops = sorted(
-        p.drop for p in calibration().points if (p.weight_bits, p.act_bits) == tuple(bits) and ABLATION not in p.record
+        p.drop
+        for p in calibration(images).points
+        if (p.weight_bits, p.act_bits) == tuple(bits) and ABLATION not in p.record
     )
     if (n := len(drops)) < LEAST_RECIPES:
         raise UsageError(f"{n} committed runs at W{bits[0]:g}A{bits[1]:g}: too few for a forecast before training.")
@@ -266,14 +280,15 @@ def of_subject(subject: Subject) -> Outlook:
     top1 = known.get("last" if subject.epoch == -1 else "chosen")
     measured = None if top1 is None or "float" not in known else known["float"] - top1
     bits = (quant.nominal_weight_bits, float(quant.act_bits))
-    return outlook(record["held_out_agreement"], record["held_out_kl"], bits, measured)
+    images = trained_on(subject.recipe.images.enabled)
+    return outlook(record["held_out_agreement"], record["held_out_kl"], bits, images, measured)
 
 
 def draw(result: Outlook, figure: Any) -> None:
     """Drop over KL: the runs of the calibration by their bits, the forecast with its interval, and the measured drop."""
     figure.set_size_inches(7, 5)
     axes, f = figure.subplots(), result.forecast
-    points = calibration().points
+    points = calibration(result.images).points
     for bits in sorted({(p.weight_bits, p.act_bits) for p in points}):
         mine = [p for p in points if (p.weight_bits, p.act_bits) == bits]
         label = f"W{bits[0]:g}A{bits[1]:g}, calibration"

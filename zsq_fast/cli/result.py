@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from zsq_fast.analysis.forecast import Prior, outlook, prior
+from zsq_fast.analysis.forecast import Prior, outlook, prior, trained_on
 from zsq_fast.cli.job import Job
 from zsq_fast.errors import BadFileError, UsageError
 from zsq_fast.methods import Recipe, Result, student_like
@@ -71,7 +71,7 @@ def _forecast(recipe: Recipe, held_out: Mapping[str, float] | None, top1: Mappin
     if held_out is None:
         return None
     try:
-        found = outlook(held_out["agreement"], held_out["kl"], _bits(recipe), _drop(top1))
+        found = outlook(held_out["agreement"], held_out["kl"], *_kind(recipe), _drop(top1))
     except UsageError:
         return None
     return {**found.to_dict(), "text": str(found)}
@@ -80,13 +80,14 @@ def _forecast(recipe: Recipe, held_out: Mapping[str, float] | None, top1: Mappin
 def expectation(recipe: Recipe, top1: Mapping[str, float] = {}) -> Prior | None:
     """What is known of a run before it starts, beside what came out if that is known; None where nothing is."""
     try:
-        return prior(_bits(recipe), _drop(top1)) if recipe.student.enabled else None
+        return prior(*_kind(recipe), _drop(top1)) if recipe.student.enabled else None
     except UsageError:
         return None
 
 
-def _bits(recipe: Recipe) -> tuple[float, float]:
-    return recipe.quant.nominal_weight_bits, float(recipe.quant.act_bits)
+def _kind(recipe: Recipe) -> tuple[tuple[float, float], str]:
+    """What makes runs comparable: bits, and the images of the student."""
+    return (recipe.quant.nominal_weight_bits, float(recipe.quant.act_bits)), trained_on(recipe.images.enabled)
 
 
 def _drop(top1: Mapping[str, float]) -> float | None:
