@@ -87,8 +87,8 @@ def test_numbers_table_and_plot(capsys, swept):
         results = [json.loads((swept / point["name"] / f"seed-{i}" / "result.json").read_text()) for i in (0, 1)]
         for key, values in {
             **{key: [r["top1"][key] for r in results] for key in ("float", "last", "chosen")},
-            "agreement": [100 * r["held_out"]["last"]["agreement"] for r in results],
-            "agreement_chosen": [100 * r["held_out"]["chosen"]["agreement"] for r in results],
+            "held_out_agreement": [100 * r["held_out"]["last"]["agreement"] for r in results],
+            "held_out_agreement_chosen": [100 * r["held_out"]["chosen"]["agreement"] for r in results],
         }.items():
             assert [run[key] for run in point["runs"]] == values
             spread = {"mean": statistics.fmean(values), "deviation": statistics.stdev(values), "seeds": 2}
@@ -185,7 +185,7 @@ def test_a_failed_run_is_shown_and_the_others_go_on(capsys, tiny, tmp_path):
     assert [point["runs"][0]["state"] for point in points] == ["failed", "failed", "done"]
     assert "is not empty ('notes.txt'" in points[0]["runs"][0]["error"]
     assert "became NaN or infinite" in points[1]["runs"][0]["error"]
-    assert points[0]["agreement"] is None and points[2]["agreement"]["seeds"] == 1
+    assert points[0]["held_out_agreement"] is None and points[2]["held_out_agreement"]["seeds"] == 1
     assert "failed: student.lr=1e+38, seed 0: " in text and "1 failed" in text and "--eval-data PATH" in text
     (blocked / "notes.txt").unlink()
     code, text, err = call(capsys, "sweep", out, "--allow-import", "--quiet", "--no-pictures")
@@ -252,7 +252,7 @@ def test_a_sweep_in_use_is_left_alone(capsys, swept):
 
     with filelock.FileLock(swept / ".lock"):
         code, _, err = call(capsys, "sweep", swept, "--allow-import", "--quiet")
-    assert code == 74 and "another `zsq-fast sweep`" in assert_one_sentence(err)
+    assert code == 74 and "in use by another zsq-fast process" in assert_one_sentence(err)
 
 
 # ---- parts, without processes ------------------------------------------------------------------------------------------
@@ -533,7 +533,7 @@ def test_a_line_through_a_grid_of_three_options(tmp_path):
 
 def test_without_test_images_the_agreement_is_shown(tmp_path):
     sweep = collect(made := plan("student.epsilon=0.01"), made.runs(tmp_path), {})
-    assert sweep["measure"] == "agreement" and "accuracies need real test images" in table(sweep)
+    assert sweep["measure"] == "held_out_agreement" and "accuracies need real test images" in table(sweep)
     assert "agreement" in drawn(sweep).axes[0].get_ylabel()
 
 

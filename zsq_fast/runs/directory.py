@@ -53,7 +53,7 @@ class RunDir:
         with storage.writing(path):
             storage.make_directory(path)
         try:
-            run = cls(path, _acquire(path))
+            run = cls(path, acquire(path))
         except StorageError:
             with contextlib.suppress(OSError):
                 path.rmdir()
@@ -78,7 +78,7 @@ class RunDir:
         path = Path(path)
         if not os.path.isfile(path / MANIFEST):
             raise BadFileError(f"{path} is not a run directory of zsq-fast ({MANIFEST} is missing).")
-        run = cls(path, None if read_only else _acquire(path))
+        run = cls(path, None if read_only else acquire(path))
         try:
             for name in (RECIPE, INFO):
                 run.read_verified(name)
@@ -255,7 +255,8 @@ def check_free(path: str | os.PathLike[str]) -> None:
         raise UsageError(f"{path} is not empty ('{foreign[0]}' is in it); choose another --out.")
 
 
-def _acquire(path: Path) -> filelock.BaseFileLock:
+def acquire(path: Path) -> filelock.BaseFileLock:
+    """The lock of a directory that one process at a time may change. StorageError: another one has it."""
     lock = filelock.FileLock(path / LOCK, thread_local=False)
     try:
         lock.acquire(timeout=0)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from zsq_fast.cli.arguments import Parser, add_job_options, bits, integer, seed
 from zsq_fast.cli.sweep.options import PLAN, option
-from zsq_fast.errors import BadFileError, Interrupted, StorageError, TrainingError, UsageError
+from zsq_fast.errors import BadFileError, Interrupted, TrainingError, UsageError
 
 if TYPE_CHECKING:
     from zsq_fast.cli.job import Job
@@ -216,21 +216,14 @@ def _train(plan: Plan, out: Path, runs: Sequence[Run], errors: dict[str, str], a
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """One sweep at a time in a directory that is made here, or holds one already."""
-    import filelock
-
-    from zsq_fast.runs.directory import LOCK, check_free
+    from zsq_fast.runs.directory import acquire, check_free
     from zsq_fast.runs.storage import make_directory, writing
 
     if not (out / PLAN).is_file():
         check_free(out)
     with writing(out):
         make_directory(out)
-        lock = filelock.FileLock(out / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            what = f"{out} is in use by another `zsq-fast sweep`; wait until that one ends."
-            raise StorageError(what) from None
+    lock = acquire(out)
     try:
         yield
     finally:

@@ -17,8 +17,8 @@ SWEEP = "sweep.json"
 MEASURES = {
     "last": "top-1, last",
     "chosen": "chosen",
-    "agreement": "agreement, last",
-    "agreement_chosen": "chosen",
+    "held_out_agreement": "agreement, last",
+    "held_out_agreement_chosen": "chosen",
 }
 
 
@@ -53,7 +53,7 @@ def collect(plan: Plan, runs: Sequence[Run], errors: Mapping[str, str]) -> dict[
         "threads": job.threads,
         "eval_data": job.eval_data,
         "eval_limit": job.eval_limit,
-        "measure": "last" if job.eval_data else "agreement",
+        "measure": "last" if job.eval_data else "held_out_agreement",
         "one_at_a_time": plan.one_at_a_time,
         "options": [list(option.keys) for option in plan.vary],
         "own_values": {key: value_of(own_recipe, key) for option in plan.vary for key in option.keys},
@@ -75,7 +75,7 @@ def _record(run: Run, error: str | None) -> dict[str, Any]:
     }
     if result:
         record |= {key: result["top1"].get(key) for key in ("float", "last", "chosen")}
-        for key, stage in (("agreement", "last"), ("agreement_chosen", "chosen")):
+        for key, stage in (("held_out_agreement", "last"), ("held_out_agreement_chosen", "chosen")):
             record[key] = 100 * result["held_out"][stage]["agreement"] if stage in result["held_out"] else None
         record |= {key: result[key] for key in ("chosen_epoch", "minutes")}
     return record
