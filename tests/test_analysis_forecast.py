@@ -83,6 +83,8 @@ def test_what_lies_beyond_is_named():
     assert found.forecast(inside.agreement, inside.kl, (3, 3)).beyond == ()
     assert found.forecast(0.1, 9.0, (5, 4)).beyond == ("agreement", "kl", "bits")
     assert found.forecast(1.0, 0.0, (4, 4)).beyond == ("agreement", "kl")  # the logarithms stay finite
+    best = replace(inside, agreement=max(p.agreement for p in found.points), kl=min(p.kl for p in found.points))
+    assert found.forecast(1.0, 0.0, (4, 4)).drop == found.forecast(best.agreement, best.kl, (4, 4)).drop > 0
 
 
 @pytest.mark.parametrize("points", [made(9), made(30, recipes=4), []])

@@ -192,6 +192,7 @@ def test_forecasts_as_the_run_printed_them(capsys, ait, hast, tmp_path):
     change(ait, "result.json", **{name: {"text": text} for name, text in texts.items()})
     text = words(write(capsys, tmp_path / "report.html", ait)[0])
     assert "Forecast before training: 1 to 3 points. Forecast without data: 2 from KL. Accuracies are" in text
+    change(hast, "result.json", forecast_before=None, forecast=None)
     text = words(write(capsys, tmp_path / "report.html", ait, hast)[0])
     assert "ait: forecast before training: 1 to 3 points." in text and "hast: forecast" not in text
 

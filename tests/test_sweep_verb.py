@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -343,6 +344,16 @@ def test_a_plan_of_others_is_read_strictly(tmp_path, values):
     path.write_text(json.dumps({**made.to_dict(), **values}))
     with pytest.raises(BadFileError, match="damaged"):
         Plan.load(tmp_path)
+
+
+def test_processes_import_what_this_one_did(monkeypatch, tmp_path):
+    """Not a source tree without kernels that came onto the path since."""
+    (tmp_path / "zsq_fast").mkdir()
+    (tmp_path / "zsq_fast" / "__init__.py").write_text("raise SystemExit('another one')")
+    monkeypatch.syspath_prepend(tmp_path)
+    command = [sys.executable, "-c", "import zsq_fast; print(zsq_fast.__file__)"]
+    done = subprocess.run(command, env=workers._environment(), capture_output=True, text=True, cwd=tmp_path)
+    assert Path(done.stdout.strip()) == Path(workers.zsq_fast.__file__), done.stderr
 
 
 def test_links_are_not_followed(capsys, tiny, swept, tmp_path):

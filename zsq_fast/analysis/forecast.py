@@ -119,13 +119,12 @@ class Calibration:
 
     def forecast(self, agreement: float, kl: float, bits: tuple[float, float]) -> Forecast:
         """See `forecast`."""
-        asked = Point("", "", *bits, agreement, kl, 0.0)
-        y = _apply(self.weights, asked, self.inputs)
-        beyond = [
-            name
-            for name in ("agreement", "kl")
-            if not min(getattr(p, name) for p in self.points) <= getattr(asked, name) <= max(getattr(p, name) for p in self.points)
-        ]  # fmt: skip
+        given = {"agreement": agreement, "kl": kl}
+        known = {name: [getattr(p, name) for p in self.points] for name in given}
+        beyond = [name for name, value in given.items() if not min(known[name]) <= value <= max(known[name])]
+        # Better than any run of the calibration counts as the best of them: a line has no bottom.
+        best = min(agreement, max(known["agreement"])), max(kl, min(known["kl"]))
+        y = _apply(self.weights, Point("", "", *bits, *best, 0.0), self.inputs)
         if tuple(bits) not in {(p.weight_bits, p.act_bits) for p in self.points}:
             beyond.append("bits")
         return Forecast(math.sinh(y), math.sinh(y - self.margin), math.sinh(y + self.margin), tuple(beyond))

@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.text import Text
 
 from zsq_fast.errors import BadFileError, Interrupted, TrainingError
 from zsq_fast.live.reading import ENDED, Reader, View
@@ -60,7 +59,7 @@ def follow(path: Path, console: Console, interval: float) -> int:
     except BadFileError:
         if os.path.lexists(path / MANIFEST):
             raise
-        console.print(Text(clean(f"{path} is gone: the run ended before anything was saved", console.encoding)))
+        _say(clean(f"{path} is gone: the run ended before anything was saved", console.encoding, None), console)
         return TrainingError.exit_code
     return CODES[view.state]
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import zsq_fast
 from zsq_fast.cli.sweep.plan import Run
 from zsq_fast.methods.images import batch_files
 from zsq_fast.runs import StopRequest
@@ -61,8 +62,9 @@ class Worker:
 
 
 def _environment() -> dict[str, str]:
-    """The processes import what this one does, whatever directory it was started in."""
-    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    """The processes import what this one does, whatever directory it was started in and whatever came before it on the path since."""
+    first = Path(zsq_fast.__file__).parents[1]
+    path = os.pathsep.join(os.path.abspath(entry) for entry in (str(first), *sys.path))
     return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
 
