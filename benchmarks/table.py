@@ -303,8 +303,9 @@ def analyses() -> str:
     """Curvature, cosines and changed codes of the analysed runs, what tracking them cost, and the pictures."""
     found = {r["recipe"]["name"]: (path, r) for path, r in _load("analyses_resnet20_*_w3a3_seed0.json")}
     runs = {title: found[name] for name, title in TITLES.items() if name in found}
+    cost = [line for path, tracking in _load("tracking_*.json") for line in _tracking(path, tracking)]
     if not runs:
-        return "Not yet."
+        return "\n".join(["Curvature, cosines and changed codes: not yet.", *cost])
     _, some = next(iter(runs.values()))
     lines = [
         "Students of " + ", ".join(f"[{title}](../benchmarks/results/{path.name})" for title, (path, _) in runs.items())
@@ -339,8 +340,7 @@ def analyses() -> str:
             cells = (row[0], statistics.median(row), row[-1])
             spread = f"{row[-1] / row[0]:.1f}" if row[0] else "-"
             lines.append(f"| {title} | {e['epoch'] + 1} | {' | '.join(f'{v:.3g}' for v in cells)} | {spread} |")
-    for cost, tracking in _load("tracking_*.json"):
-        lines += _tracking(cost, tracking)
+    lines += cost
     for kind, text in PICTURES.items():
         lines += [
             "",
