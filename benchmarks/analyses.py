@@ -2,7 +2,7 @@
 
     for R in kl_only ait hast; do
       zsq-fast quantize resnet20 --checkpoint cifar10_resnet20.safetensors --eval-data cifar10_test.npz --recipe $R -w 3 -a 3 \\
-        --schedule short --track-cosine 20 --track-updates --out runs/$R
+        --schedule short --track-cosine 40 --track-updates --out runs/$R
       zsq-fast analyze runs/$R --what hessian updates
     done
     python -m benchmarks.analyses runs/kl_only runs/ait runs/hast

@@ -16,6 +16,7 @@ import zsq_fast as zsq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import analyses, cifar10, record, table, tracking
+from benchmarks import __main__ as main_program
 from benchmarks.__main__ import below_gate, measure, row
 from benchmarks.cases import Case
 
@@ -46,8 +47,28 @@ def test_rounds_go_on_until_a_second_has_passed(monkeypatch):
     }  # three rounds to warm up, every timed call behind one that is not
     monkeypatch.setattr("benchmarks.__main__.LEAST_SECONDS", 0)
     assert len(measure(case, 2, "cpu", cold=False, fresh=False)["kernel"]) == 2
+    more = measure(case, 2, "cpu", cold=False, fresh=False, before=samples)
+    assert {name: seconds[:400] for name, seconds in more.items()} == samples and len(more["kernel"]) == 402
     (message,) = below_gate(row(case, samples))
     assert message.startswith("x: ") and "the gate is 1e+09" in message
+
+
+@pytest.mark.parametrize("quiet_from, status", [(3, 0), (99, 1)])
+def test_a_gate_waits_for_a_quiet_machine(quiet_from, status, monkeypatch, capsys):
+    """A kernel that was disturbed holds its gate with the rounds of a quiet moment; one that never holds it fails after its patience."""
+    asked: list[int] = []
+
+    def measured(case, *_):
+        asked.append(len(asked) + 1)
+        return {"kernel": [1.0 if len(asked) >= quiet_from else 5.0], "reference": [10.0]}
+
+    monkeypatch.setattr(main_program, "CASES", [lambda device: Case("x", 1, 1, {}, gates={"reference": 5})])
+    monkeypatch.setattr(main_program, "measure", measured)
+    monkeypatch.setattr(main_program, "PAUSE", 0)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--gate"])
+    assert main_program.main() == status
+    assert len(asked) == (quiet_from if status == 0 else 1 + main_program.PATIENCE)
+    assert ("gates hold" in capsys.readouterr().out) == (status == 0)
 
 
 @pytest.mark.parametrize("recipe", ["ait", "hast"])

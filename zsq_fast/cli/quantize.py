@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from zsq_fast.cli.arguments import Parser, add_job_options, bits, integer, seed
 
-COSINE_EVERY = 20  # steps: --track-cosine without a number
+COSINE_EVERY = 40  # steps: --track-cosine without a number
 
 
 def make_parser() -> Parser:
