@@ -63,9 +63,7 @@ def settle_malloc(keep: bool) -> None:
         raise SystemExit("this C library's malloc cannot be told when to keep memory: only --device cuda works here")
 
 
-def measure(
-    case: Case, rounds: int, device: str, cold: bool, fresh: bool, before: Samples | None = None
-) -> Samples:
+def measure(case: Case, rounds: int, device: str, cold: bool, fresh: bool, before: Samples | None = None) -> Samples:
     """Seconds of every round of every variant, the variants taking turns after three rounds of warming up; `before`, and these after it.
 
     Until a second has passed there are more rounds than asked for: the fastest of a few calls of 30 us is an accident. Every
@@ -128,8 +126,8 @@ def main() -> int:
     ap.add_argument(
         "--memory",
         choices=["default", "mapped", "kept", "fresh"],
-        default="default",
-        help="results of the others on the CPU: as malloc pleases; always mapped afresh; kept as ours are; ours mapped afresh too",
+        help="results of the others on the CPU: as malloc pleases; always mapped afresh (with --gate the default); kept as ours are; "
+        "ours mapped afresh too",
     )
     ap.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes to compile")
     ap.add_argument("--device", default="cpu")
@@ -140,6 +138,7 @@ def main() -> int:
         help=f"exit 1 when a ratio is below its gate (two CPU cores), even with up to {PATIENCE} times more rounds, {PAUSE:g} s apart",
     )
     args = ap.parse_args()
+    args.memory = args.memory or ("mapped" if args.gate else "default")
     if args.device == "cpu" and args.memory != "default":
         settle_malloc(args.memory == "kept")
     cases = layer_cases(args.device) if args.layers else (make(args.device) for make in CASES)

@@ -15,8 +15,8 @@ from report_support import quantize
 import zsq_fast as zsq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import analyses, cifar10, record, table, tracking
 from benchmarks import __main__ as main_program
+from benchmarks import analyses, cifar10, record, table, tracking
 from benchmarks.__main__ import below_gate, measure, row
 from benchmarks.cases import Case
 
