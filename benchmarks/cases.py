@@ -28,7 +28,9 @@ class Case:
     size: int  # bytes that the kernel has to move between memory and processor
     copied: int  # bytes that `copy` reads and writes
     variants: dict[str, Call]
-    gates: dict[str, float] = field(default_factory=dict)  # least `variant time / kernel time` on two CPU cores
+    gates: dict[str, float] = field(
+        default_factory=dict
+    )  # least `variant time / kernel time`, on two CPU cores or, GPU_CASES, an H200
     moonshots: dict[str, float] = field(default_factory=dict)
     before: Call = lambda: None  # not timed
 
@@ -55,14 +57,14 @@ def gradients(loss: Callable[..., Tensor], inputs: list[Tensor], outgoing: Tenso
     return lambda: torch.autograd.grad(loss(), inputs, outgoing)
 
 
-def weight_case(device: str, shape: tuple[int, ...] = (512, 512, 3, 3)) -> Case:
+def weight_case(device: str, shape: tuple[int, ...] = (512, 512, 3, 3), where: str = "") -> Case:
     w = torch.randn(shape, device=device)
     spare = torch.empty_like(w)
     rows = w.flatten(1)
     scale = ((rows.amax(1) - rows.amin(1)) / 15).clamp(min=1e-8)
     zero = torch.zeros_like(scale)
     return Case(
-        f"weight range + fake quantization, {'x'.join(map(str, shape))}",
+        f"weight range + fake quantization, {f'{where}, ' if where else ''}{'x'.join(map(str, shape))}",
         8 * w.numel(),
         8 * w.numel(),
         {
@@ -81,6 +83,13 @@ def network_weights_case(device: str) -> Case:
     net = ResNetCifar(shortcut="B").to(device)
     weights = [m.weight.detach() for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     spares = [torch.empty_like(w) for w in weights]
+    scales = [((w.flatten(1).amax(1) - w.flatten(1).amin(1)) / 15).clamp(min=1e-8) for w in weights]
+    zeros = [torch.zeros_like(scale) for scale in scales]
+
+    def aten() -> list[Tensor]:
+        found = zip(weights, scales, zeros, strict=True)
+        return [torch.fake_quantize_per_channel_affine(w, scale, zero, 0, -8, 7) for w, scale, zero in found]
+
     return Case(
         f"{len(weights)} ResNet-20 weights in one call",
         8 * sum(w.numel() for w in weights),
@@ -88,6 +97,7 @@ def network_weights_case(device: str) -> Case:
         {
             "kernel": lambda: zsq.ops.fake_quant_weights(weights, 4),
             "reference": lambda: [reference.fake_quant_weight(w, 4) for w in weights],
+            "aten": aten,
             "copy": lambda: torch._foreach_copy_(spares, weights),
         },
         {"reference": 30},
@@ -95,18 +105,32 @@ def network_weights_case(device: str) -> Case:
     )
 
 
-def _activation(device: str) -> tuple[Tensor, Tensor, Tensor]:
-    x = torch.randn(200, 64, 32, 32, device=device).relu()
+BATCH_200 = (200, 64, 32, 32)  # 52 MB
+
+
+def _activation(
+    device: str, shape: tuple[int, ...] = BATCH_200, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(shape, device=device).relu().to(dtype)
     return x, torch.tensor(0.0, device=device), torch.tensor(3.0, device=device)
 
 
-def act_case(device: str) -> Case:
-    x, lo, hi = _activation(device)
+def _what(x: Tensor, where: str = "") -> str:
+    """How a case names its tensor: the layer, if it is one's, or the size; and what differs from the usual."""
+    name = where or f"{x.nbytes / 1e6:.0f} MB"
+    name += "" if x.dtype == torch.float32 else f", {str(x.dtype).removeprefix('torch.')}"
+    return name + (", channels_last" if not x.is_contiguous() else "")
+
+
+def act_case(
+    device: str, shape: tuple[int, ...] = BATCH_200, where: str = "", dtype: torch.dtype = torch.float32
+) -> Case:
+    x, lo, hi = _activation(device, shape, dtype)
     spare = torch.empty_like(x)
     return Case(
-        "activation fake quantization, frozen range, 52 MB",
-        8 * x.numel(),
-        8 * x.numel(),
+        f"activation fake quantization, frozen range, {_what(x, where)}",
+        2 * x.nbytes,
+        2 * x.nbytes,
         {
             "kernel": lambda: zsq.ops.fake_quant_act(x, lo, hi, 4),
             "reference": lambda: reference.fake_quant_act(x, lo, hi, 4),
@@ -151,19 +175,21 @@ def clip_case(device: str) -> Case:
     )
 
 
-def bn_stats_case(device: str, channels_last: bool = False) -> Case:
-    x, *_ = _activation(device)
+def bn_stats_case(
+    device: str, channels_last: bool = False, shape: tuple[int, ...] = BATCH_200, where: str = ""
+) -> Case:
+    x, *_ = _activation(device, shape)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     x.requires_grad_()
-    spare, mean, var = torch.empty_like(x), torch.zeros(64, device=device), torch.ones(64, device=device)
+    spare, mean, var = torch.empty_like(x), torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)
 
     def theirs(x: Tensor) -> Tensor:
         return reference.bn_stats_match(x, mean, var)[0]
 
     fast = torch.compile(theirs, fullgraph=True, dynamic=False)
     return Case(
-        f"BN-statistics loss, forward + backward, 52 MB{', channels_last' if channels_last else ''}",
+        f"BN-statistics loss, forward + backward, {_what(x, where)}",
         12 * x.numel(),
         8 * x.numel(),
         {
@@ -177,14 +203,21 @@ def bn_stats_case(device: str, channels_last: bool = False) -> Case:
     )
 
 
-def bn_act_case(device: str, channels_last: bool = False) -> Case:
-    x, lo, hi = _activation(device)
+def bn_act_case(
+    device: str,
+    channels_last: bool = False,
+    shape: tuple[int, ...] = BATCH_200,
+    where: str = "",
+    part: str = "forward + backward",
+) -> Case:
+    """`part`: "forward", "backward" (of a forward pass that is not timed), or both."""
+    x, lo, hi = _activation(device, shape)
     x = torch.randn_like(x)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    x.requires_grad_()
+    x.requires_grad_(part != "forward")
     g, spare = torch.randn_like(x), torch.empty_like(x)
-    norm = nn.BatchNorm2d(64).eval().to(device)
+    norm = nn.BatchNorm2d(shape[1]).eval().to(device).requires_grad_(part != "forward")
     norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
     inputs = [x, norm.weight, norm.bias]
 
@@ -197,18 +230,31 @@ def bn_act_case(device: str, channels_last: bool = False) -> Case:
         return torch.fake_quantize_per_tensor_affine(F.relu(y), 0.2, 0, 0, 15)
 
     fast = torch.compile(chain, fullgraph=True, dynamic=False)
+    chains: dict[str, Callable[[], Tensor]] = {
+        "kernel": lambda: zsq.ops.bn_act_fake_quant(x, norm, lo, hi, 4),
+        "reference": lambda: chain(*inputs),
+        "aten": aten,
+        "compile": lambda: fast(*inputs),
+    }
+    variants: dict[str, Call]
+    if part == "forward":
+        variants = dict(chains)
+    elif part == "backward":
+        chains.pop("compile")  # its graph cannot be kept
+        outs = {name: run() for name, run in chains.items()}
+        variants = {
+            name: lambda out=out: torch.autograd.grad(out, inputs, g, retain_graph=True) for name, out in outs.items()
+        }
+    else:
+        variants = {name: gradients(run, inputs, g) for name, run in chains.items()}
+    bytes_each = {"forward": 8 if part == "forward" else 8.125, "backward": 12.125}
+    size = sum(count for name, count in bytes_each.items() if name in part)
+    affine = "" if part == "forward" else " with affine gradients"
     return Case(
-        f"BN + ReLU + fake quantization, forward + backward with affine gradients, 52 MB"
-        f"{', channels_last' if channels_last else ''}",
-        int(20.25 * x.numel()),
+        f"BN + ReLU + fake quantization, {part}{affine}, {_what(x, where)}",
+        int(size * x.numel()),
         8 * x.numel(),
-        {
-            "kernel": gradients(lambda: zsq.ops.bn_act_fake_quant(x, norm, lo, hi, 4), inputs, g),
-            "reference": gradients(lambda: chain(*inputs), inputs, g),
-            "aten": gradients(aten, inputs, g),
-            "compile": gradients(lambda: fast(*inputs), inputs, g),
-            "copy": lambda: spare.copy_(x.detach()),
-        },
+        {**variants, "copy": lambda: spare.copy_(x.detach())},
         {"reference": 10, "aten": 10, "compile": 3},
         {"reference": 16, "compile": 4.5},
     )
@@ -318,6 +364,19 @@ def network_inundation_case(device: str) -> Case:
     return _inundation("gradient inundation, ResNet-20, batch 200", [w.detach() for w in weights], grads, momenta)
 
 
+def resnet50_inundation_case(device: str) -> Case:
+    """The 54 weights of a ResNet-50 (25.5 M), random; gradients small enough for a dozen candidates."""
+    shapes, inside = [(64, 3, 7, 7)], 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += [(width, inside, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            shapes += [(4 * width, inside, 1, 1)] if block == 0 else []
+            inside = 4 * width
+    weights = [torch.randn(shape, device=device) * 0.02 for shape in [*shapes, (1000, 2048)]]
+    grads, momenta = ([1e-3 * torch.randn_like(w) for w in weights] for _ in range(2))
+    return _inundation(f"gradient inundation, {len(weights)} ResNet-50 weights", weights, grads, momenta)
+
+
 CASES: list[Callable[[str], Case]] = [
     weight_case,
     network_weights_case,
@@ -350,29 +409,60 @@ ACTIVATIONS = {
 }
 
 
+WEIGHTS = {
+    "ResNet-20, stage 3": (64, 64, 3, 3),
+    "ResNet-18, stem": (64, 3, 7, 7),
+    "ResNet-18, stage 4": (512, 512, 3, 3),
+    "ResNet-50, stage 4, 1x1": (2048, 512, 1, 1),
+    "MobileNetV2, depthwise": (960, 1, 3, 3),
+    "MobileNetV2, last": (1280, 320, 1, 1),
+}
+
+
 def layer_cases(device: str) -> Iterator[Case]:
-    """Frozen-range activation quantization and BN + ReLU + quantization at the layer shapes of real networks."""
+    """The kernels at the layer shapes of real networks; no gates."""
+    for name, shape in WEIGHTS.items():
+        yield _ungated(weight_case(device, shape, name))
     for name, shape in ACTIVATIONS.items():
-        x = torch.randn(shape, device=device)
-        spare, lo, hi = torch.empty_like(x), torch.tensor(0.0, device=device), torch.tensor(3.0, device=device)
-        norm = nn.BatchNorm2d(shape[1]).eval().to(device).requires_grad_(False)
+        yield _ungated(act_case(device, shape, name))
+        yield _ungated(bn_act_case(device, shape=shape, where=name))
+        yield _ungated(bn_stats_case(device, shape=shape, where=name))
 
-        def copy(spare: Tensor = spare, x: Tensor = x) -> Tensor:
-            return spare.copy_(x)
 
-        def act(x: Tensor = x, lo: Tensor = lo, hi: Tensor = hi) -> Tensor:
-            return zsq.ops.fake_quant_act(x, lo, hi, 4)
+def _ungated(case: Case) -> Case:
+    case.gates, case.moonshots = {}, {}
+    return case
 
-        def act_reference(x: Tensor = x, lo: Tensor = lo, hi: Tensor = hi) -> Tensor:
-            return reference.fake_quant_act(x, lo, hi, 4)
 
-        def fused(x: Tensor = x, lo: Tensor = lo, hi: Tensor = hi, norm: nn.BatchNorm2d = norm) -> Tensor:
-            return zsq.ops.bn_act_fake_quant(x, norm, lo, hi, 4)
+# ---- a GPU's table: tensors beyond its caches, forward and backward apart -----------------------------------------------
 
-        def chain(x: Tensor = x, lo: Tensor = lo, hi: Tensor = hi, norm: nn.BatchNorm2d = norm) -> Tensor:
-            return reference.fake_quant_act(F.relu(norm(x)), lo, hi, 4)
+STAGE_1 = (256, 64, 64, 64)  # 268 MB
+NARROW = (512, 16, 96, 96)  # 302 MB in 16 channels, of which PyTorch's own backward pass makes 16 blocks
 
-        variants = {"kernel": act, "reference": act_reference, "copy": copy}
-        yield Case(f"activation quantization, {name}", 8 * x.numel(), 8 * x.numel(), variants)
-        variants = {"kernel": fused, "reference": chain, "copy": copy}
-        yield Case(f"BN + ReLU + quantization, {name}", int(8.125 * x.numel()), 8 * x.numel(), variants)
+
+def gpu_cases(device: str) -> Iterator[Case]:
+    """What is promised for an H200, with its gates: streaming kernels at 85 % of the bandwidth of a copy, or more."""
+    streaming = [
+        weight_case(device, (2048, 1024, 3, 3)),
+        act_case(device, STAGE_1),
+        act_case(device, STAGE_1, dtype=torch.bfloat16),
+        bn_stats_case(device, shape=STAGE_1),
+        bn_act_case(device, shape=STAGE_1, part="forward"),
+        bn_act_case(device, shape=STAGE_1, part="backward"),
+        bn_act_case(device, shape=NARROW, part="forward"),
+        bn_act_case(device, shape=NARROW, part="backward"),
+    ]
+    promised = {"BN-statistics": {"reference": 4.0}, "forward, ": {"aten": 2.8}, "backward with": {"aten": 3.0}}
+    for case in streaming:
+        case.gates = {"copy": 0.85 * case.copied / case.size}
+        case.moonshots = {"copy": 0.92 * case.copied / case.size}
+        for part, gates in promised.items():
+            if part in case.name:
+                case.gates |= gates
+        yield case
+    weights = network_weights_case(device)
+    weights.gates, weights.moonshots = {"aten": 20}, {"aten": 100}
+    yield weights
+    for case in (network_inundation_case(device), resnet50_inundation_case(device)):
+        case.gates, case.moonshots = {"reference": 50}, {"reference": 500 if "ResNet-20" in case.name else 100}
+        yield case

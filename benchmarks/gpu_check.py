@@ -5,8 +5,8 @@
 Builds the kernels for this GPU against the torch that is there (into .gpu/site), then runs the tests, the recorded vectors,
 compute-sanitizer, the benchmarks and a short end-to-end run. A step that fails does not stop the others. Writes report.json (device,
 driver, versions, commit, outcome and seconds of every step), every step's log and the benchmark records to benchmarks/results/<device>/;
-ends with 1 if a step failed. `--device cpu` is the rehearsal on a machine without a GPU: the same steps on the CPU kernels, without
-compute-sanitizer.
+ends with 1 if a step failed, with 2 if none did but one was skipped on a GPU: then not everything was checked. `--device cpu` is the
+rehearsal on a machine without a GPU: the same steps on the CPU kernels, without compute-sanitizer.
 
 Needs: nvcc, cmake, and a Python with a CUDA torch, setuptools 77, numpy, safetensors, rich, filelock, pytest, hypothesis. Recorded
 vectors and the CIFAR-10 files are taken from ZSQ_SHARED, or .gpu/shared, or ../shared; without them those steps are skipped, and the
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / ".gpu" / "site"
+LIMIT = 600  # seconds
 
 
 @dataclass
@@ -75,8 +77,9 @@ def steps(device: str, results: Path) -> list[Step]:
     tests += [
         str(ROOT / "tests" / f"test_{name}.py") for name in ("every_op", "optim", "losses", "nn", "methods", "env")
     ]
-    if device == "cuda":
-        tests += [str(ROOT / "tests" / "test_resume.py")]
+    if device == "cuda":  # whatever else has a device
+        more = ("resume", "learned_ranges", "rounding", "hast", "generators", "images", "mixed", "synq", "features")
+        tests += [str(ROOT / "tests" / f"test_{name}.py") for name in more]
     sanitizer = shutil.which("compute-sanitizer") or ""
     no_sanitizer = "" if sanitizer and device == "cuda" else "needs a GPU and compute-sanitizer on PATH"
     program = [python, str(ROOT / "tests" / "every_op.py"), device]
@@ -110,7 +113,9 @@ def steps(device: str, results: Path) -> list[Step]:
         Step("benchmarks", [*bench, *rounds(20), "--json", str(results / "kernels_hot_pool.json")], 200),
         Step("benchmarks, cold", [*bench, *rounds(10), "--cold", "--no-compile", "--json", str(results / "kernels_cold_pool.json")],
              100),
-        Step("benchmarks, layers", [*bench, *rounds(20), "--layers", "--json", str(results / "layers_hot_pool.json")], 100),
+        *([Step("benchmarks, large", [*bench, *rounds(20), "--large", "--gate", "--json", str(results / "kernels_large_pool.json")], 150)]
+          if device == "cuda" else []),
+        Step("benchmarks, layers", [*bench, *rounds(20), "--no-compile", "--layers", "--json", str(results / "layers_hot_pool.json")], 100),
         Step("end to end", [python, "-m", "benchmarks.cifar10", "--checkpoint", str(found["checkpoint"]), "--data", str(found["data"]),
                             "--recipes", "ait", "--bits", "4", "--out", str(results), "--device", device,
                             *(["--set", "schedule.epochs=2", "schedule.warmup_epochs=1", "schedule.calibration_epochs=1",
@@ -119,8 +124,10 @@ def steps(device: str, results: Path) -> list[Step]:
     ]  # fmt: skip
 
 
-def run(step: Step, log: Path) -> dict[str, object]:
-    """Runs the step in .gpu/site, where the build lies and no source tree hides it; its output goes to `log`."""
+def run(step: Step, log: Path, left: float) -> dict[str, object]:
+    """Runs the step in .gpu/site, where the build lies and no source tree hides it; its output goes to `log`. At most `left` seconds."""
+    if left <= 0:
+        return {"outcome": "failed", "why": "no time left"}
     where = ROOT if step.name == "build" else SITE
     paths = os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"} | step.settings
@@ -128,7 +135,7 @@ def run(step: Step, log: Path) -> dict[str, object]:
     with log.open("w") as file:
         try:
             code = subprocess.run(
-                step.command, cwd=where, env=env, stdout=file, stderr=subprocess.STDOUT, timeout=step.limit
+                step.command, cwd=where, env=env, stdout=file, stderr=subprocess.STDOUT, timeout=min(step.limit, left)
             ).returncode
         except subprocess.TimeoutExpired:
             code = 124
@@ -146,6 +153,7 @@ def main() -> int:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     ap.add_argument("--only", nargs="+", help="steps whose name begins with one of these")
+    ap.add_argument("--limit", type=float, help=f"seconds for everything, {LIMIT} on a GPU; steps behind that fail")
     ap.add_argument("--out", type=Path, help="instead of benchmarks/results/<device>")
     ap.add_argument("--dry-run", action="store_true", help="print the steps and run none")
     args = ap.parse_args()
@@ -168,15 +176,21 @@ def main() -> int:
         shutil.rmtree(SITE, ignore_errors=True)
     shutil.copytree(ROOT / "benchmarks", SITE / "benchmarks", dirs_exist_ok=True)
     report: dict[str, object] = {"machine": machine(args.device), "steps": (outcomes := [])}
+    started, limit = time.monotonic(), args.limit or (LIMIT if args.device == "cuda" else math.inf)
     for step in planned:
         log = results / f"{re.sub(r'[^a-z]+', '_', step.name)}.log"
-        outcome = {"outcome": "skipped", "why": step.lacks} if step.lacks else run(step, log)
+        outcome = (
+            {"outcome": "skipped", "why": step.lacks}
+            if step.lacks
+            else run(step, log, limit - (time.monotonic() - started))
+        )
         outcomes.append({"name": step.name, **{k: v for k, v in asdict(step).items() if k in ("command",)}, **outcome})
         print(f"{step.name:28s} {outcome['outcome']:8s} {outcome.get('seconds', outcome.get('why'))}", flush=True)
-        if outcome["outcome"] == "failed":
+        if outcome["outcome"] == "failed" and log.exists():
             print("".join(log.read_text(errors="replace").splitlines(keepends=True)[-25:]), flush=True)
         (results / "report.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
-    return 1 if any(o["outcome"] == "failed" for o in outcomes) else 0
+    ended = {o["outcome"] for o in outcomes}
+    return 1 if "failed" in ended else 2 if "skipped" in ended and args.device == "cuda" else 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from cli_support import call, make_tiny
 from networks import residual
 from report_support import quantize
@@ -16,7 +17,7 @@ import zsq_fast as zsq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import __main__ as main_program
-from benchmarks import analyses, cifar10, record, table, tracking
+from benchmarks import analyses, cases, cifar10, record, table, tracking
 from benchmarks.__main__ import below_gate, measure, row
 from benchmarks.cases import Case
 
@@ -68,7 +69,35 @@ def test_a_gate_waits_for_a_quiet_machine(quiet_from, status, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--gate"])
     assert main_program.main() == status
     assert len(asked) == (quiet_from if status == 0 else 1 + main_program.PATIENCE)
-    assert ("gates hold" in capsys.readouterr().out) == (status == 0)
+    assert ("1 gates hold" in capsys.readouterr().out) == (status == 0)
+
+
+def test_a_gate_without_cases_does_not_hold(monkeypatch, capsys):
+    monkeypatch.setattr(main_program, "CASES", [lambda device: Case("x", 1, 1, {}, gates={"reference": 5})])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--gate", "--only", "nosuch"])
+    assert main_program.main() == 1 and "no case with a gate" in capsys.readouterr().out
+
+
+def test_cases_of_a_gpu_and_of_layers_run(monkeypatch):
+    """At small sizes and without torch.compile: every variant of every case, and what the gates of the streaming kernels mean."""
+    monkeypatch.setattr(cases, "STAGE_1", (2, 16, 8, 8))
+    monkeypatch.setattr(cases, "NARROW", (2, 16, 6, 6))
+    monkeypatch.setattr(cases, "ACTIVATIONS", {"narrow": (2, 16, 8, 8)})
+    monkeypatch.setattr(cases, "WEIGHTS", {"depthwise": (8, 1, 3, 3)})
+    small = [[scale * torch.randn(8, 3, 3, 3) for _ in range(2)] for scale in (0.02, 1e-3, 1e-3)]
+    for name in ("network_inundation_case", "resnet50_inundation_case"):
+        monkeypatch.setattr(cases, name, lambda device: cases._inundation("gradient inundation, small", *small))
+    large, layers = list(cases.gpu_cases("cpu")), list(cases.layer_cases("cpu"))
+    for case in [*large, *layers]:
+        case.variants.pop("compile", None)
+        for run in case.variants.values():
+            case.before()
+            run()
+    assert len(large) == 11 and all(case.gates for case in large) and not any(case.gates for case in layers)
+    by_name = {case.name.rpartition(", ")[0]: case for case in large}
+    assert by_name["BN + ReLU + fake quantization, forward"].gates == {"copy": 0.85, "aten": 2.8}
+    backward = by_name["BN + ReLU + fake quantization, backward with affine gradients"]
+    assert backward.gates == {"copy": pytest.approx(0.85 * 8 / 12.125, rel=1e-3), "aten": 3.0}
 
 
 @pytest.mark.parametrize("recipe", ["ait", "hast"])

@@ -50,17 +50,42 @@ def test_steps_run_and_are_reported(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("command", "code"), [("exit 3", 3), ("sleep 9", 124), (None, 127)])
-def test_a_failing_step_is_told(tmp_path, monkeypatch, command, code, capsys):
+@pytest.fixture
+def module(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_check", module)
-    spec.loader.exec_module(module)
+    found = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_check", found)
+    spec.loader.exec_module(found)
+    monkeypatch.setattr(found, "SITE", tmp_path / "site")
+    return found
+
+
+@pytest.mark.parametrize(("command", "code"), [("exit 3", 3), ("sleep 9", 124), (None, 127)])
+def test_a_failing_step_is_told(tmp_path, monkeypatch, module, command, code, capsys):
     words = ["bash", "-c", command] if command else [str(tmp_path / "nothing")]
     monkeypatch.setattr(module, "steps", lambda *_: [module.Step("broken", words, 1), module.Step("next", ["true"], 9)])
-    monkeypatch.setattr(module, "SITE", tmp_path / "site")
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu", "--out", str(tmp_path)])
     assert module.main() == 1
     outcomes = json.loads((tmp_path / "report.json").read_text())["steps"]
     assert [o["outcome"] for o in outcomes] == ["failed", "passed"] and outcomes[0]["exit_code"] == code
     assert "failed" in capsys.readouterr().out
+
+
+def test_what_comes_after_the_limit_fails(tmp_path, monkeypatch, module):
+    wait = ["bash", "-c", "sleep 9"]
+    monkeypatch.setattr(module, "steps", lambda *_: [module.Step("long", wait, 9), module.Step("next", ["true"], 9)])
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu", "--out", str(tmp_path), "--limit", "0.5"])
+    assert module.main() == 1
+    long, after = json.loads((tmp_path / "report.json").read_text())["steps"]
+    assert long["exit_code"] == 124 and long["seconds"] < 5
+    assert (after["outcome"], after["why"]) == ("failed", "no time left")
+
+
+def test_a_skipped_step_on_a_gpu_is_no_success(tmp_path, monkeypatch, module):
+    steps = [module.Step("there", ["true"], 9), module.Step("not there", ["true"], 9, lacks="no sanitizer")]
+    monkeypatch.setattr(module, "steps", lambda *_: steps)
+    monkeypatch.setattr(module, "machine", lambda device: {"device": device})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "none")
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path)])
+    assert module.main() == 2
