@@ -218,7 +218,8 @@ def resources() -> str:
     """The float32 kernels with 16-byte accesses; the record holds all types and paths."""
     path, record = _load("cuda_resources_*.json")[0]
     kernels = record["kernels"]
-    shown = [k for k in kernels if "<" not in k["kernel"] or re.search(r"<float, (?!1\b)", k["kernel"])]
+    scalar = re.compile(r"<float, 1\b|float>, 1>")  # the paths of odd sizes and views
+    shown = [k for k in kernels if "<" not in k["kernel"] or ("float" in k["kernel"] and not scalar.search(k["kernel"]))]
     lines = [
         "### CUDA kernels, as compiled",
         "",
