@@ -37,13 +37,13 @@ def include_dir() -> Path | None:
     return next((f for f in folders if (f / "vector_functions.h").exists() and (f / "driver_types.h").exists()), None)
 
 
-def build_host(out: Path, program: str, *flags: str, root: Path = REPO) -> Path:
+def build_host(out: Path, program: str, *flags: str, root: Path = REPO, with_kernels: bool = True) -> Path:
     """Compile all kernels and `program` (a file of this folder) for the CPU. The scheduler is never instrumented."""
     host = root / "tests" / "cuda_host"
     common = ["g++", "-std=c++17", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror", "-fPIC",
               "-isystem", str(include_dir()), f"-I{host}"]  # fmt: skip
     scheduler = out.with_suffix(".sched.o")
-    kernels = sorted((root / "csrc" / "cuda").glob("*.cu"))
+    kernels = sorted((root / "csrc" / "cuda").glob("*.cu")) if with_kernels else []
     for command in (
         [*common, "-O2", "-c", str(host / "host_exec.cpp"), "-o", str(scheduler)],
         [*common, "-O1", "-ffp-contract=off", *flags, "-x", "c++", *map(str, kernels), str(host / program),
