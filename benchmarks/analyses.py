@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from benchmarks import record
+from zsq_fast.analysis import find
 from zsq_fast.analysis.gradients import draw_history
 from zsq_fast.runs import RunDir
 
@@ -47,6 +48,12 @@ def read(path: Path) -> tuple[str, dict[str, Any]]:
     return name, held
 
 
+def _save(draw: Callable[[Figure], None], path: Path) -> None:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    draw(figure)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("runs", nargs="+", type=Path)
@@ -58,10 +65,12 @@ def main() -> None:
         record.write(args.out / f"{name}.json", held)
         args.pictures.mkdir(parents=True, exist_ok=True)
         for analysis in ANALYSES:
-            shutil.copyfile(path / "analysis" / f"{analysis}.png", args.pictures / f"{name}_{analysis}.png")
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        draw_history(held["history"], figure)
-        figure.savefig(args.pictures / f"{name}_cosine.png", dpi=110)
+            draw = find(analysis)[1]
+            result = json.loads((path / "analysis" / f"{analysis}.json").read_text())
+            _save(
+                lambda figure, draw=draw, result=result: draw(result, figure), args.pictures / f"{name}_{analysis}.png"
+            )
+        _save(lambda figure, held=held: draw_history(held["history"], figure), args.pictures / f"{name}_cosine.png")
         print(f"{name}: {held['results']}", flush=True)
 
 
