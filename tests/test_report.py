@@ -178,10 +178,19 @@ def test_layers_and_analyses(capsys, runs, tmp_path):
     text = words(elements)
     assert "3 weight 8×4×3×3 3 288 14.5 −1 2 25 0.5 0.125" in text  # of the analysis, with shape and count of the run
     assert "3 weight 8×4×3×3 3 288" in text.split("Layers", 2)[2]  # without one
-    assert "forecast drop 1.234" in text and "pairs ce-kl total −0.25" in text and "values" not in text
+    assert "Forecast drop, points 1.234" in text and "CE-KL of all parameters −0.25" in text and "values" not in text
     assert text.index("Forecast The drop") < text.index("mine")
     path = next(a["d"] for a in elements.of("path") if a["d"].startswith("M0.0 24v-6.0"))
     assert path == bars([1, 2, 3, 4, 4, 3, 2, 1]) and path.count("v-") == 8
+
+
+def test_numbers_of_an_analysis_are_named():
+    long = "word " * 100
+    found = reading._numbers(
+        {"epochs": [5, 9], "losses": {"kl": {"top": {"values": [2.0, -1.0]}}}, "x": {"top": 1}, "t": long, "n": [None]}
+    )
+    assert found[:3] == [("epochs", "6, 10"), ("KL eigenvalues, largest first", "2, −1"), ("x histogram to", "1")]
+    assert found[3][1] == "word " * 79 + "word …" and len(found) == 4
 
 
 def test_forecasts_as_the_run_printed_them(capsys, ait, hast, tmp_path):
@@ -191,7 +200,7 @@ def test_forecasts_as_the_run_printed_them(capsys, ait, hast, tmp_path):
     }
     change(ait, "result.json", **{name: {"text": text} for name, text in texts.items()})
     text = words(write(capsys, tmp_path / "report.html", ait)[0])
-    assert "Forecast before training: 1 to 3 points. Forecast without data: 2 from KL. Accuracies are" in text
+    assert "Forecast before training: 1 to 3 points. Forecast without data: 2; from KL. Accuracies are" in text
     change(hast, "result.json", forecast_before=None, forecast=None)
     text = words(write(capsys, tmp_path / "report.html", ait, hast)[0])
     assert "ait: forecast before training: 1 to 3 points." in text and "hast: forecast" not in text
@@ -349,7 +358,7 @@ def test_numbers_that_would_break_a_picture_are_left_out(capsys, ait, tmp_path):
     elements, folder = write(capsys, tmp_path / "report.html", ait)
     assert json.loads((folder / "student-loss.json").read_text())["curves"][0]["values"] == [-1, 0]
     assert json.loads((folder / "top1.json").read_text())["curves"][0]["values"] == [5]
-    assert "yes yes" in words(elements)
+    assert "Yes yes" in words(elements)
 
 
 def test_usage_errors(capsys, ait, tmp_path, monkeypatch):

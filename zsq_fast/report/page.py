@@ -57,8 +57,10 @@ class Known:
 KNOWN = {
     "forecast": Known("Forecast", "The drop expected from how student and float network differ on held-out synthetic images."),
     "cosine": Known("Gradient cosines", "Whether the losses pull the student the same way: 1 the same, 0 unrelated, −1 opposed."),
-    **dict.fromkeys(("hessian", "curvature"), Known("Curvature", "The smaller the Hessian's eigenvalues, the flatter the loss.")),
-    "surface": Known("Loss surface", "Losses around the student, on the same axes."),
+    "hessian": Known(
+        "Curvature", "The smaller the Hessian's eigenvalues, the flatter the loss. Losses are without the recipe's factors."
+    ),
+    "surface": Known("Loss surface", "Losses around the student, on the same axes, without the recipe's factors."),
     "updates": Known("Changed codes", "Share of integer weights that change, per layer and epoch."),
     "samples": Known("Images", "How hard the synthetic images are for the float network, and how much those of a class differ."),
     "layers": Known("Layers", "How well the codes carry weights and activations; the table below holds every number."),

@@ -27,6 +27,34 @@ PAIRS = ("ce-kl", "fa-kl", "ce-fa")  # of losses, whose gradients a run may have
 CURVES = ("student_loss", "generator_ce", "generator_bns", "held_out_agreement", "held_out_kl", "top1", *PAIRS)
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ROWS = 24  # of an analysis' numbers on the page; all are in its JSON
+LONGEST = 400  # characters of a text on the page
+WORDS = {  # for keys of analyses; a group without a word is left out of the name
+    **{name: name.upper() for name in ("ce", "kl", "fa", *PAIRS)},
+    **dict.fromkeys(("losses", "pairs"), ""),
+    "value": "loss",
+    "values": "eigenvalues, largest first",
+    "residuals": "their residuals",
+    "products": "Hessian products",
+    "standard_error": "± standard error",
+    "sigma": "width",
+    "centre": "student's",
+    "per_batch": "of every batch",
+    "total": "of all parameters",
+    "weights": "of the quantized weights",
+    "layers_deviation": "layers, deviation",
+    "weight_bits": "bits of weights",
+    "act_bits": "bits of activations",
+    "drop": "drop, points",
+    "low": "low, points",
+    "high": "high, points",
+    "measured": "measured drop, points",
+    "beyond": "beyond the calibration in",
+    "hard_share": "share with a difficulty above 1/2",
+    "quantiles": "5, 25, 50, 75, 95 %",
+    "to_center": "cosine distance to the class's mean",
+    "pairwise": "cosine distance of two images of a class",
+    "divergence": "KL to the float network",
+}
 
 
 @dataclass(frozen=True)
@@ -244,7 +272,7 @@ def read_run(path: Path, label: str) -> Run:
         forecasts=tuple(
             text
             for name in ("forecast_before", "forecast")
-            if (text := " ".join(result.table(name).text("text", "").split()))
+            if (text := "; ".join(filter(None, map(str.strip, result.table(name).text("text", "").splitlines()))))
         ),
     )
 
@@ -341,19 +369,26 @@ def _analyses(folder: Path) -> tuple[Analysis, ...]:
 
 
 def _numbers(value: Any, name: str = "", depth: int = 0) -> list[tuple[str, str]]:
-    """What of a result can be read as a line: numbers, texts and short lists of them."""
+    """What of a result can be read as a line: numbers, texts and short lists of them; epochs are counted from 1."""
     if isinstance(value, Mapping) and depth < 5:
-        parts = [_numbers(item, f"{name} {key}".strip(), depth + 1) for key, item in value.items()]
+        parts = [_numbers(item, f"{name} {_word(key, item)}".strip(), depth + 1) for key, item in value.items()]
         return [row for part in parts for row in part]
     if isinstance(value, list):
         plain = all(not isinstance(item, (list, Mapping)) for item in value)
-        few = plain and 0 < len(value) <= 5
-        return [(name, ", ".join(map(show, value)))] if few else []
+        few = plain and 0 < len(value) <= 5 and any(item is not None for item in value)
+        first = 1 if name.endswith("epochs") and all(type(item) is int for item in value) else 0
+        return [(name, ", ".join(show(item + first if first else item) for item in value))] if few else []
     return [] if value is None or isinstance(value, Mapping) else [(name, show(value))]
 
 
+def _word(key: str, item: Any) -> str:
+    if key == "top":  # a group of the Hessian, the upper end of a histogram
+        return "" if isinstance(item, Mapping) else "histogram to"
+    return WORDS.get(key, key.replace("_", " "))
+
+
 def show(value: Any) -> str:
-    """A number with four significant digits, a text cut at 120 characters."""
+    """A number with four significant digits, a text cut behind a word."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -362,4 +397,6 @@ def show(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:.4g}".replace("-", "−")
-    return str(value)[:120] if isinstance(value, str) else str(number(value))
+    if isinstance(value, str):
+        return value if len(value) <= LONGEST else f"{value[:LONGEST].rpartition(' ')[0] or value[:LONGEST]} …"
+    return str(number(value))
