@@ -24,6 +24,7 @@ from zsq_fast.runs.storage import check_name, from_json
 RESULT, STUDENT, ANALYSES = "result.json", "student.safetensors", "analysis"
 JSON_LIMIT, PICTURE_LIMIT, TENSOR_LIMIT = 16 << 20, 1 << 20, 4 << 30  # bytes
 PAIRS = ("ce-kl", "fa-kl", "ce-fa")  # of losses, whose gradients a run may have tracked
+UPDATES = ("update_ratio", "net_update_ratio")
 CURVES = ("student_loss", "generator_ce", "generator_bns", "held_out_agreement", "held_out_kl", "top1", *PAIRS)
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ROWS = 24  # of an analysis' numbers on the page; all are in its JSON
@@ -93,7 +94,8 @@ class Run:
         top1: percents on real test images by stage ("float", "rtn", "last", "chosen"); empty where none were given.
         chosen_epoch: 0-based, None where nothing was held out. agreement: share of held-out images by "chosen" and "last".
         curves: per name of CURVES the points (epochs done, value).
-        updates: step-summed share of changed codes, `[epochs][layers]`; empty without gradient inundation.
+        updates: share of changed codes, `[epochs][layers]`: step-summed, or the net one of a run without gradient inundation that tracked
+            it; empty without either. updates_kind: its key in the history.
         classes: outputs of the network, 0 where its last weight does not tell.
         environment: (what, value) in the order of the page. command: the words of the command line.
         forecasts: of the accuracy drop, as the run printed them: before training, and after it.
@@ -115,6 +117,7 @@ class Run:
     packed_bytes: int
     curves: Mapping[str, tuple[tuple[int, float], ...]]
     updates: tuple[tuple[float, ...], ...]
+    updates_kind: str
     layers: tuple[Layer, ...]
     left_float: tuple[tuple[str, str], ...]
     environment: tuple[tuple[str, str], ...]
@@ -257,7 +260,7 @@ def read_run(path: Path, label: str) -> Run:
         float_bytes=result.whole("float_bytes"),
         packed_bytes=result.whole("packed_bytes"),
         curves=curves(history),
-        updates=tuple(tuple(r["update_ratio"]) for r in history if "update_ratio" in r),
+        **updates(history),
         layers=layers,
         left_float=tuple(
             (site.text("name", "") or "the model", site.text("why", ""))
@@ -296,7 +299,7 @@ def _history(run: RunDir) -> list[dict[str, Any]]:
 
 
 def epochs(path: Path, records: list[Any]) -> list[dict[str, Any]]:
-    """The records of a history with what is drawn of them: the index, finite numbers, and `update_ratio` of finite numbers."""
+    """The records of a history with what is drawn of them: the index, finite numbers, and ratios of changed codes."""
     found: list[dict[str, Any]] = []
     for record in records:
         fields = Fields(path, record, "history.")
@@ -308,15 +311,18 @@ def epochs(path: Path, records: list[Any]) -> list[dict[str, Any]]:
             for pair in PAIRS
             if cosines.table(pair).values.get("total") is not None
         }
-        ratios = [number(value) for value in fields.list("update_ratio")]
-        if (
-            ratios
-            and None not in ratios
-            and all(len(ratios) == len(r["update_ratio"]) for r in found if "update_ratio" in r)
-        ):
-            kept["update_ratio"] = ratios
+        for kind in UPDATES:
+            ratios = [number(value) for value in fields.list(kind)]
+            if ratios and None not in ratios and all(len(ratios) == len(r[kind]) for r in found if kind in r):
+                kept[kind] = ratios
         found.append(kept)
     return found
+
+
+def updates(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """`updates` and `updates_kind` of a `Run`."""
+    kind = next((kind for kind in UPDATES if any(kind in r for r in history)), "")
+    return {"updates": tuple(tuple(r[kind]) for r in history if kind in r), "updates_kind": kind}
 
 
 def curves(history: list[dict[str, Any]]) -> dict[str, tuple[tuple[int, float], ...]]:
