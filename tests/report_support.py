@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,25 @@ def make_hostile(run: Path) -> None:
     change(run, "result.json", **texts, forecast={"text": EVIL})
     put(run, "layers", {"layers": [{"name": EVIL, "kind": EVIL, "bits": EVIL, "histogram": [EVIL, 1]}]})
     put(run, "forecast", {EVIL: {EVIL: EVIL}})
+
+
+def overlapping(figure: Any) -> list[tuple[str, str]]:
+    """Pairs of titles, labels of axes and tick labels of a matplotlib figure that are printed on each other or over another panel."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes, panels = [], []
+    for axes in figure.axes:
+        texts = [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            shown = (tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high)
+            texts += [label for tick in shown for label in (tick.label1, tick.label2)]
+        found = [t for t in texts if t.get_visible() and t.get_text()]
+        boxes += [(t.get_text(), t.get_window_extent(canvas.get_renderer()), axes) for t in found]
+        panels.append((axes, axes.get_window_extent(canvas.get_renderer())))
+    both = [(a, b) for (a, one, _), (b, other, _) in itertools.combinations(boxes, 2) if one.overlaps(other)]
+    return both + [
+        (a, "a panel") for a, box, mine in boxes for axes, panel in panels if axes is not mine and box.overlaps(panel)
+    ]

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import tiny
+from report_support import overlapping
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -272,7 +273,7 @@ def test_of_all_losses_and_nothing_is_changed(tmp_path):
     assert plain["losses"]["fa"]["top"]["products"] == 6 and plain["parameters"] == 356
     draw(found, figure)
     figure.savefig(tmp_path / "curvature.png")
-    assert len(figure.axes) == 2 and len(figure.axes[0].lines) == 6
+    assert len(figure.axes) == 2 and len(figure.axes[0].lines) == 6 and overlapping(figure) == []
 
 
 def test_against_pyhessian():

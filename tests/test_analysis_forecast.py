@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from report_support import overlapping
 
 from zsq_fast.analysis import forecast as module
 from zsq_fast.analysis.forecast import Calibration, Outlook, Point, draw, outlook, read_points
@@ -106,7 +107,7 @@ def test_the_outlook_is_checked_against_what_was_measured(monkeypatch):
     assert "beyond the calibration (bits)" in str(outlook(p.agreement, p.kl, (8, 8), "optimised"))
     figure = pytest.importorskip("matplotlib.figure").Figure()
     draw(checked, figure)
-    figure.canvas.draw()
+    assert overlapping(figure) == []
     assert {"forecast", "measured", "W3A3, calibration"} <= set(figure.axes[0].get_legend_handles_labels()[1])
     assert checked.to_dict()["forecast"]["drop"] == checked.forecast.drop
 

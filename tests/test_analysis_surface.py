@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
+from report_support import overlapping
 from torch import nn
 
 from zsq_fast.analysis.curvature import Hessian, top_eigenvalues
 from zsq_fast.analysis.losses import BatchLosses
-from zsq_fast.analysis.surface import draw, filter_normalised, surface
+from zsq_fast.analysis.surface import Surface, draw, filter_normalised, surface
 from zsq_fast.errors import UsageError
 from zsq_fast.methods.recipe import Student
 
@@ -129,6 +130,23 @@ def test_pictures(pair, count, tmp_path):
     if count == 2:
         assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
     assert math.isfinite(found.centre["kl"])
+
+
+@pytest.mark.parametrize("names", [("ce",), ("ce", "kl"), ("ce", "kl", "fa")])
+def test_panels_are_square_and_comparable(names):
+    """CE and KL have one scale of colours, FA its own, and no text lies on another."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    grid = [[a * a + b * b for b in (-1, 0, 1)] for a in (-1, 0, 1)]
+    heights = {"ce": 1.0, "kl": 30.0, "fa": 0.01}
+    losses = {name: [[heights[name] * value for value in row] for row in grid] for name in names}
+    found = Surface(["first direction", "second direction"], [-1.0, 0.0, 1.0], losses, dict.fromkeys(names, 0.0))
+    draw(found, figure)
+    assert overlapping(figure) == []
+    panels = figure.axes[: len(names)]
+    boxes = [axes.get_window_extent() for axes in panels]
+    assert all(box.width == pytest.approx(box.height) and box.width > 150 for box in boxes)
+    tops = [axes.collections[0].norm.vmax for axes in panels]
+    assert tops == pytest.approx({1: [2.0], 2: [60.0, 60.0], 3: [60.0, 60.0, 0.02]}[len(names)])
 
 
 def test_refused():

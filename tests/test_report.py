@@ -87,7 +87,7 @@ def words(elements: Elements) -> str:
 def test_the_page_of_one_run(capsys, runs, tmp_path):
     elements, folder = write(capsys, tmp_path / "report.html", runs[0])
     text, result = words(elements), json.loads((runs[0] / "result.json").read_text())
-    assert folder == tmp_path / "report_files" and "ait on tiny, W3A4" in text
+    assert folder == tmp_path / "report_files" and "ait on tiny, W3A4" in text and "not in the papers’ tables" in text
     for stage in ("float", "rtn", "last", "chosen"):
         assert f"{result['top1'][stage]:.2f} %" in text
     drop = result["top1"]["float"] - result["top1"]["last"]
@@ -123,9 +123,10 @@ def test_nothing_is_loaded_and_every_number_lies_beside(capsys, runs, tmp_path):
     ids = Counter(attributes["id"] for _, attributes in elements.tags if "id" in attributes)
     assert anchors <= ids.keys() and ids.most_common(1)[0][1] == 1
     for name in ("top1", "agreement", "student-loss", "generator-loss"):
-        assert (folder / f"{name}.svg").read_text().startswith("<?xml") and "curves" in json.loads(
-            (folder / f"{name}.json").read_text()
-        )
+        alone = (folder / f"{name}.svg").read_text()
+        assert alone.startswith("<?xml") and "var(" not in alone and "#0b7285" in alone
+        assert (folder / f"{name}.png").read_bytes().startswith(reading.SIGNATURE)
+        assert "curves" in json.loads((folder / f"{name}.json").read_text())
     curve = json.loads((folder / "student-loss.json").read_text())["curves"][0]
     records = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
     assert curve["values"] == [r["student_loss"] for r in records if "student_loss" in r] and curve["epochs"] == [
@@ -178,10 +179,19 @@ def test_layers_and_analyses(capsys, runs, tmp_path):
     text = words(elements)
     assert "3 weight 8×4×3×3 3 288 14.5 −1 2 25 0.5 0.125" in text  # of the analysis, with shape and count of the run
     assert "3 weight 8×4×3×3 3 288" in text.split("Layers", 2)[2]  # without one
-    assert "forecast drop 1.234" in text and "pairs ce-kl total −0.25" in text and "values" not in text
+    assert "Forecast drop, points 1.234" in text and "CE-KL of all parameters −0.25" in text and "values" not in text
     assert text.index("Forecast The drop") < text.index("mine")
     path = next(a["d"] for a in elements.of("path") if a["d"].startswith("M0.0 24v-6.0"))
     assert path == bars([1, 2, 3, 4, 4, 3, 2, 1]) and path.count("v-") == 8
+
+
+def test_numbers_of_an_analysis_are_named():
+    long = "word " * 100
+    found = reading._numbers(
+        {"epochs": [5, 9], "losses": {"kl": {"top": {"values": [2.0, -1.0]}}}, "x": {"top": 1}, "t": long, "n": [None]}
+    )
+    assert found[:3] == [("epochs", "6, 10"), ("KL eigenvalues, largest first", "2, −1"), ("x histogram to", "1")]
+    assert found[3][1] == "word " * 79 + "word …" and len(found) == 4
 
 
 def test_forecasts_as_the_run_printed_them(capsys, ait, hast, tmp_path):
@@ -191,7 +201,7 @@ def test_forecasts_as_the_run_printed_them(capsys, ait, hast, tmp_path):
     }
     change(ait, "result.json", **{name: {"text": text} for name, text in texts.items()})
     text = words(write(capsys, tmp_path / "report.html", ait)[0])
-    assert "Forecast before training: 1 to 3 points. Forecast without data: 2 from KL. Accuracies are" in text
+    assert "Forecast before training: 1 to 3 points. Forecast without data: 2; from KL. Accuracies are" in text
     change(hast, "result.json", forecast_before=None, forecast=None)
     text = words(write(capsys, tmp_path / "report.html", ait, hast)[0])
     assert "ait: forecast before training: 1 to 3 points." in text and "hast: forecast" not in text
@@ -342,6 +352,27 @@ def test_tracked_cosines_are_drawn(capsys, ait, tmp_path):
     )
 
 
+def test_heat_maps_of_a_comparison_have_one_scale(capsys, ait, hast, tmp_path):
+    """Net ratios where a run has no step-summed ones, which the page says; a scale below a decade still has its numbers."""
+    for run, key, ratios in ((ait, "update_ratio", [0.25, 0.5]), (hast, "net_update_ratio", [0.125, 0.0])):
+        (run / "metrics.jsonl").write_text(
+            json.dumps({"epoch": 3, "student_loss": 1.0, key: ratios, "net_update_ratio": ratios}) + "\n"
+        )
+    elements, folder = write(capsys, tmp_path / "report.html", ait, hast)
+    texts = [re.findall(r">([\d.]+)</text>", (folder / f"run-{i}-update-ratios.svg").read_text()) for i in (1, 2)]
+    assert texts[0][-3:] == texts[1][-3:] == ["12.5", "25", "50"]
+    assert json.loads((folder / "run-2-update-ratios.json").read_text())["net_update_ratio"] == [[0.125, 0.0]]
+    assert "summed over the steps" in words(elements) and "Net: integer weights" in words(elements)
+
+
+def test_labels_of_a_wide_scale_are_decades(capsys, ait, tmp_path):
+    lines = [{"epoch": e, "student_loss": loss} for e, loss in enumerate((250.0, 1.0, 0.0005))]
+    (ait / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, folder = write(capsys, tmp_path / "report.html", ait)
+    texts = re.findall(r">([\d.]+)</text>", (folder / "student-loss.svg").read_text())
+    assert {"0.001", "0.1", "100"} & set(texts) and not {"0.002", "0.5", "20"} & set(texts)
+
+
 def test_numbers_that_would_break_a_picture_are_left_out(capsys, ait, tmp_path):
     lines = ['{"epoch": 0, "student_loss": 1e999, "top1": 1e300}', '{"epoch": 1, "student_loss": -1, "top1": "nan"}']
     (ait / "metrics.jsonl").write_text("\n".join([*lines, '{"epoch": 2, "student_loss": 0, "top1": 5}', ""]))
@@ -349,7 +380,7 @@ def test_numbers_that_would_break_a_picture_are_left_out(capsys, ait, tmp_path):
     elements, folder = write(capsys, tmp_path / "report.html", ait)
     assert json.loads((folder / "student-loss.json").read_text())["curves"][0]["values"] == [-1, 0]
     assert json.loads((folder / "top1.json").read_text())["curves"][0]["values"] == [5]
-    assert "yes yes" in words(elements)
+    assert "Yes yes" in words(elements)
 
 
 def test_usage_errors(capsys, ait, tmp_path, monkeypatch):

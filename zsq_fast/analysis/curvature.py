@@ -363,17 +363,25 @@ def curvature(
 
 def draw(result: Curvature, figure: Any) -> None:
     """The densities on a logarithmic axis, the top eigenvalues as marks at its foot; beside it the traces with standard errors."""
+    figure.set_size_inches(9, 4)
+    figure.set_layout_engine("constrained")
     axes, bars = figure.subplots(1, 2, width_ratios=(3, 1))
     for name, found in result.losses.items():
         axes.semilogy(found.density.grid, found.density.density, color=COLOURS[name], lw=1.2, label=TITLES[name])
         foot = [0.03] * len(found.top.values)
         axes.plot(found.top.values, foot, "|", ms=10, color=COLOURS[name], transform=axes.get_xaxis_transform())
     axes.set_ylim(FLOOR, 3 * max(max(found.density.density) for found in result.losses.values()))
-    axes.set_xlabel("eigenvalue of the Hessian")
+    axes.set_xlabel(
+        f"eigenvalue of the Hessian; marks: the {max(len(f.top.values) for f in result.losses.values())} largest"
+    )
     axes.set_ylabel("density")
-    axes.legend(fontsize=8)
+    axes.legend()
     names = list(result.losses)
     traces = [result.losses[name].trace for name in names]
-    bars.bar(names, [t.mean for t in traces], yerr=[t.standard_error for t in traces], capsize=4,
-             color=[COLOURS[name] for name in names])  # fmt: skip
-    bars.set_ylabel("trace")
+    drawn = bars.bar([name.upper() for name in names], [t.mean for t in traces], capsize=4,
+                     yerr=[t.standard_error for t in traces], color=[COLOURS[name] for name in names])  # fmt: skip
+    bars.bar_label(
+        drawn, [f"{t.mean:.3g}" for t in traces], padding=2
+    )  # a small one beside a large one is hardly a bar
+    bars.margins(y=0.12)
+    bars.set_title("trace", fontsize=10)

@@ -285,7 +285,10 @@ def of_subject(subject: Subject) -> Outlook:
 
 def draw(result: Outlook, figure: Any) -> None:
     """Drop over KL: the runs of the calibration by their bits, the forecast with its interval, and the measured drop."""
+    from matplotlib.ticker import NullLocator
+
     figure.set_size_inches(7, 5)
+    figure.set_layout_engine("constrained")
     axes, f = figure.subplots(), result.forecast
     points = calibration(result.images).points
     for bits in sorted({(p.weight_bits, p.act_bits) for p in points}):
@@ -298,6 +301,13 @@ def draw(result: Outlook, figure: Any) -> None:
         axes.plot([result.kl], [result.measured], "k*", markersize=11, label="measured")
     axes.set_xscale("log")
     axes.set_yscale("asinh")
+    axes.margins(0.08)
+    low, high = axes.get_ylim()
+    steps = [sign * d for sign in (-1, 1) for d in (1, 3, 10, 30, 100)]  # evenly spaced here, as the default's are not
+    axes.set_yticks([0, *(tick for tick in steps if low < tick < high)])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(low, high)
     axes.set_xlabel("KL(teacher || student) on held-out synthetic images, nats")
     axes.set_ylabel("drop of top-1, points")
     axes.legend(frameon=False)

@@ -15,6 +15,7 @@ from zsq_fast.analysis.subject import Subject
 from zsq_fast.errors import UsageError
 from zsq_fast.methods.synthesis import derive_seed
 
+LEVELS = 12  # of a contour picture
 COLOURS = {"ce": "#c4371f", "kl": "#0072b2", "fa": "#2a8c4a"}
 Direction = Mapping[str, Tensor]  # by parameter name; a parameter that is missing stays where it is
 
@@ -140,30 +141,46 @@ def surface(
 
 
 def draw(result: Surface, figure: Any) -> None:
-    """How far each loss lies above that of the student: one direction, curves on one axis; two, contours side by side with the same
-    levels."""
+    """How far each loss lies above that of the student: one direction, curves; two, contours side by side.
+
+    CE and KL share their scale, to be compared; feature alignment, of another unit, has its own. Levels are spaced as squares, as a bowl
+    rises, so that the narrow one of two losses does not make the other one colour.
+    """
+    from matplotlib.colors import PowerNorm
+
+    figure.set_layout_engine("compressed")
     rises = {name: _rise(values, result.centre[name]) for name, values in result.losses.items()}
-    titles = {name: f"{TITLES[name]} ({result.centre[name]:.3g} at the student)" for name in rises}
+    titles = {name: f"{TITLES[name]}\n{result.centre[name]:.3g} at the student" for name in rises}
+    groups = [group for fa in (False, True) if (group := [name for name in rises if (name == "fa") == fa])]
     if len(result.directions) == 1:
-        axes = figure.subplots()
-        for name, values in rises.items():
-            axes.plot(result.offsets, values, color=COLOURS[name], lw=1.5, label=titles[name])
-        axes.axhline(0, color="black", lw=0.8)
-        axes.set_xlabel(result.directions[0])
-        axes.set_ylabel("loss above the student's")
-        axes.legend(fontsize=8)
+        figure.set_size_inches(0.6 + 4.6 * len(groups), 3.8)
+        for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+            for name in group:
+                axes.plot(result.offsets, rises[name], color=COLOURS[name], lw=1.5, label=titles[name])
+            axes.axhline(0, color="black", lw=0.8)
+            axes.set_xlabel(result.directions[0])
+            axes.set_ylabel("loss above the student's")
+            axes.legend(fontsize=8)
         return
-    panels = figure.subplots(1, len(rises), sharex=True, sharey=True, squeeze=False)[0]
-    everything = torch.tensor(list(rises.values()))
-    low, high = float(everything.min()), float(everything.max())
-    levels = torch.linspace(low, high if high > low else low + 1, 13).tolist()
-    for axes, name, values in zip(panels, rises, everything, strict=True):
-        filled = axes.contourf(result.offsets, result.offsets, values.T.tolist(), levels=levels)
-        axes.plot(0, 0, "+", color="white")
-        axes.set_title(titles[name], fontsize=9)
-        axes.set_xlabel(result.directions[0])
-    panels[0].set_ylabel(result.directions[1])
-    figure.colorbar(filled, ax=list(panels), label="loss above the student's")
+    figure.set_size_inches(1 + 2.6 * len(rises) + 0.9 * len(groups), 3.6)
+    square = {"box_aspect": 1}
+    panels = iter(figure.subplots(1, len(rises), sharex=True, sharey=True, squeeze=False, subplot_kw=square)[0])
+    for group in groups:
+        mine = {name: next(panels) for name in group}
+        everything = torch.tensor([rises[name] for name in group], dtype=torch.float64)
+        low, high = float(everything.min()), float(everything.max())
+        span = high - low or 1.0
+        levels = [low + span * (i / LEVELS) ** 2 for i in range(LEVELS)] + [low + span]
+        for name, axes in mine.items():
+            values = torch.tensor(rises[name], dtype=torch.float64).T.tolist()
+            shades = {"levels": levels, "norm": PowerNorm(0.5, low, low + span)}
+            filled = axes.contourf(result.offsets, result.offsets, values, **shades)
+            axes.plot(0, 0, "+", color="white")
+            axes.set_title(titles[name], fontsize=10, loc="left")
+            axes.set_xlabel(result.directions[0])
+        label = f"{' and '.join(map(str.upper, group))} above the student's"
+        figure.colorbar(filled, ax=list(mine.values()), label=label, format="%.3g", ticks=levels[::3], shrink=0.8)
+    figure.axes[0].set_ylabel(result.directions[1])
 
 
 def _rise(values: Any, centre: float) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zsq_fast.report.reading import PAIRS, Run
 
-# Drawn with the fallback, replaced by the variable: the same file is readable alone, and in light and dark inside the page.
+# Drawn with the fallback, replaced by the variable inside the page, which is light or dark.
 INK, FAINT = "#3d444d", "#d5d9de"
 SERIES = ("#0b7285", "#d9480f", "#7048c6", "#5c7c12", "#c2255c", "#946200", "#1864ab", "#5f6670")
 VARIABLES = {INK: "ink-soft", FAINT: "line", **{colour: f"s{i}" for i, colour in enumerate(SERIES)}}
@@ -46,7 +46,10 @@ PANELS = (
 )  # fmt: skip
 
 
-UPDATES_NOTE = "Integer weights changed by gradient inundation, summed over the steps, per layer in the network's order; blank: none."
+UPDATES_NOTES = {
+    "update_ratio": "Integer weights changed by gradient inundation, summed over the steps, per layer in the network's order; blank: none.",
+    "net_update_ratio": "Net: integer weights that differ between an epoch's start and end, per layer in its order; blank: none.",
+}
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A panel with its picture, its legend, its numbers as JSON holds them, and the run where it shows only one."""
+    """A panel with its picture as SVG and PNG, its legend, its numbers as JSON holds them, and the run where it shows only one."""
 
     panel: Panel
     svg: str
+    png: bytes
     legend: tuple[Entry, ...]
     numbers: Mapping[str, Any]
     run: str = ""
@@ -74,33 +78,36 @@ class Drawn:
 def draw_panels(runs: Sequence[Run]) -> list[Drawn]:
     """Every panel of which at least one run has something."""
     drawn = [_draw(panel, runs) for panel in PANELS]
-    drawn += [_heat_map(i, run) for i, run in enumerate(runs, 1) if run.updates]
+    known = [100 * value for run in runs for row in run.updates for value in row if value > 0] or [1.0]
+    ends = min(known), max(max(known), 1.01 * min(known))  # one scale for all runs
+    drawn += [_heat_map(i, run, ends) for i, run in enumerate(runs, 1) if run.updates]
     return [found for found in drawn if found is not None]
 
 
-def _heat_map(index: int, run: Run) -> Drawn:
+def _heat_map(index: int, run: Run, ends: tuple[float, float]) -> Drawn:
     from matplotlib.colors import LogNorm
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
     first = min(epoch for epoch, _ in run.curves.get("student_loss", ((1, 0.0),)))
     values = [[100 * value if value > 0 else math.nan for value in column] for column in zip(*run.updates, strict=True)]
-    known = [value for column in values for value in column if value == value] or [1.0]
     figure = _figure()
     axes = figure.subplots()
     extent = (first - 0.5, first - 0.5 + len(run.updates), len(values) + 0.5, 0.5)
-    norm = LogNorm(min(known), max(max(known), 1.01 * min(known)))
-    image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest", norm=norm, extent=extent)
+    shades: dict[str, Any] = {"cmap": "viridis", "norm": LogNorm(*ends)}
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", extent=extent, **shades)
     _style(axes)
     axes.grid(False)
     axes.set_ylabel("layer", color=INK, fontsize=10)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    bar = figure.colorbar(image, ax=axes, format=FuncFormatter(lambda value, _: f"{value:g}"))
+    bar = figure.colorbar(image, ax=axes, format=FuncFormatter(lambda value, _: f"{value:.3g}"))
+    if ends[1] < 10 * ends[0]:  # hardly a power of ten lies between them
+        bar.ax.yaxis.set_major_locator(FixedLocator([ends[0], math.sqrt(ends[0] * ends[1]), ends[1]]))
     bar.ax.tick_params(which="both", colors=INK, labelsize=10, length=0)
     bar.ax.minorticks_off()
     bar.outline.set_visible(False)
-    panel = Panel(f"run-{index}-update-ratios", "Codes changed in an epoch, %", UPDATES_NOTE, ())
-    numbers = {"figure": panel.title, "run": run.label, "first_epoch": first, "update_ratio": run.updates}
-    return Drawn(panel, _svg(figure, panel.name), (), numbers, run.label)
+    panel = Panel(f"run-{index}-update-ratios", "Codes changed in an epoch, %", UPDATES_NOTES[run.updates_kind], ())
+    numbers = {"figure": panel.title, "run": run.label, "first_epoch": first, run.updates_kind: run.updates}
+    return Drawn(panel, *_pictures(figure, panel.name), (), numbers, run.label)
 
 
 def _draw(panel: Panel, runs: Sequence[Run]) -> Drawn | None:
@@ -137,7 +144,7 @@ def _draw(panel: Panel, runs: Sequence[Run]) -> Drawn | None:
         ],
         "float": {runs[i].label: value for i, value in dashed},
     }  # fmt: skip
-    return Drawn(panel, _svg(figure, panel.name), tuple(legend), numbers)
+    return Drawn(panel, *_pictures(figure, panel.name), tuple(legend), numbers)
 
 
 def _colour(index: int) -> str:
@@ -161,10 +168,27 @@ def _style(axes: Any) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     if axes.get_yscale() == "log":
         low, high = axes.get_ylim()
-        few = high / low < 8  # 1, 2 and 5 times powers of ten would leave hardly a number
-        axes.yaxis.set_major_locator(MaxNLocator(5) if few else LogLocator(subs=(1, 2, 5), numticks=8))
+        few, many = (
+            high / low < 8,
+            high / low > 200,
+        )  # 1, 2 and 5 times powers of ten: hardly a number, or one on the other
+        axes.yaxis.set_major_locator(
+            MaxNLocator(5) if few else LogLocator(subs=(1.0,) if many else (1, 2, 5), numticks=8)
+        )
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _pictures(figure: Any, name: str) -> tuple[str, bytes]:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=160, facecolor="white", metadata=dict[str, Any](Software=None))
+    return _svg(figure, name), stream.getvalue()
+
+
+def standalone(svg: str) -> bytes:
+    """A picture of the page as a file of its own: colours plain, since not every viewer knows variables."""
+    plain = re.sub(r"var\(--[\w-]+, (#\w+)\)", r"\1", svg).replace("font-family: inherit, ", "font-family: ")
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{plain}\n'.encode()
 
 
 def _svg(figure: Any, name: str) -> str:

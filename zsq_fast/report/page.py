@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zsq_fast.errors import BadFileError, UsageError
-from zsq_fast.report.figures import SERIES, bars, draw_panels, picture
+from zsq_fast.report.figures import SERIES, bars, draw_panels, picture, standalone
 from zsq_fast.report.published import Difference, Published, closest, differences, flat, published_rows
 from zsq_fast.report.reading import Analysis, Run, labels, number, read_run, show
 from zsq_fast.report.records import read_record
@@ -52,16 +52,19 @@ class Known:
 
     title: str
     text: str
+    shaded: bool = False  # its picture has a scale of colours, which dark mode leaves as it is
 
 
 KNOWN = {
     "forecast": Known("Forecast", "The drop expected from how student and float network differ on held-out synthetic images."),
     "cosine": Known("Gradient cosines", "Whether the losses pull the student the same way: 1 the same, 0 unrelated, −1 opposed."),
-    **dict.fromkeys(("hessian", "curvature"), Known("Curvature", "The smaller the Hessian's eigenvalues, the flatter the loss.")),
-    "surface": Known("Loss surface", "Losses around the student, on the same axes."),
-    "updates": Known("Changed codes", "Share of integer weights that change, per layer and epoch."),
+    "hessian": Known(
+        "Curvature", "The smaller the Hessian's eigenvalues, the flatter the loss. Losses are without the recipe's factors."
+    ),
+    "surface": Known("Loss surface", "Losses around the student, on the same axes, without the recipe's factors.", True),
+    "updates": Known("Changed codes", "Share of integer weights that change, per layer and epoch.", True),
     "samples": Known("Images", "How hard the synthetic images are for the float network, and how much those of a class differ."),
-    "layers": Known("Layers", "How well the codes carry weights and activations; the table below holds every number."),
+    "layers": Known("Layers", "How well the codes carry weights and activations; the table below holds every number.", True),
 }  # fmt: skip
 
 
@@ -176,7 +179,8 @@ def _page(runs: Sequence[Run], folder: str, files: dict[str, bytes], title: str)
 
     panels = draw_panels(runs)
     for drawn in panels:
-        files[f"{drawn.panel.name}.svg"] = _standalone(drawn.svg)
+        files[f"{drawn.panel.name}.svg"] = standalone(drawn.svg)
+        files[f"{drawn.panel.name}.png"] = drawn.png
         files[f"{drawn.panel.name}.json"] = to_json(drawn.numbers)
     parts = [_part(index, run, files) for index, run in enumerate(runs, 1)]
     files["report.json"] = to_json({"runs": [_summary(part) for part in parts]})
@@ -260,10 +264,6 @@ def _part(index: int, run: Run, files: dict[str, bytes]) -> Part:
 
 def _address(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def _standalone(svg: str) -> bytes:
-    return ('<?xml version="1.0" encoding="utf-8"?>\n' + svg + "\n").encode()
 
 
 def _sentence(run: Run, paper: Published | None) -> str:

@@ -24,9 +24,38 @@ from zsq_fast.runs.storage import check_name, from_json
 RESULT, STUDENT, ANALYSES = "result.json", "student.safetensors", "analysis"
 JSON_LIMIT, PICTURE_LIMIT, TENSOR_LIMIT = 16 << 20, 1 << 20, 4 << 30  # bytes
 PAIRS = ("ce-kl", "fa-kl", "ce-fa")  # of losses, whose gradients a run may have tracked
+UPDATES = ("update_ratio", "net_update_ratio")
 CURVES = ("student_loss", "generator_ce", "generator_bns", "held_out_agreement", "held_out_kl", "top1", *PAIRS)
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ROWS = 24  # of an analysis' numbers on the page; all are in its JSON
+LONGEST = 400  # characters of a text on the page
+WORDS = {  # for keys of analyses; a group without a word is left out of the name
+    **{name: name.upper() for name in ("ce", "kl", "fa", *PAIRS)},
+    **dict.fromkeys(("losses", "pairs"), ""),
+    "value": "loss",
+    "values": "eigenvalues, largest first",
+    "residuals": "their residuals",
+    "products": "Hessian products",
+    "standard_error": "± standard error",
+    "sigma": "width",
+    "centre": "student's",
+    "per_batch": "of every batch",
+    "total": "of all parameters",
+    "weights": "of the quantized weights",
+    "layers_deviation": "layers, deviation",
+    "weight_bits": "bits of weights",
+    "act_bits": "bits of activations",
+    "drop": "drop, points",
+    "low": "low, points",
+    "high": "high, points",
+    "measured": "measured drop, points",
+    "beyond": "beyond the calibration in",
+    "hard_share": "share with a difficulty above 1/2",
+    "quantiles": "5, 25, 50, 75, 95 %",
+    "to_center": "cosine distance to the class's mean",
+    "pairwise": "cosine distance of two images of a class",
+    "divergence": "KL to the float network",
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +94,8 @@ class Run:
         top1: percents on real test images by stage ("float", "rtn", "last", "chosen"); empty where none were given.
         chosen_epoch: 0-based, None where nothing was held out. agreement: share of held-out images by "chosen" and "last".
         curves: per name of CURVES the points (epochs done, value).
-        updates: step-summed share of changed codes, `[epochs][layers]`; empty without gradient inundation.
+        updates: share of changed codes, `[epochs][layers]`: step-summed, or the net one of a run without gradient inundation that tracked
+            it; empty without either. updates_kind: its key in the history.
         classes: outputs of the network, 0 where its last weight does not tell.
         environment: (what, value) in the order of the page. command: the words of the command line.
         forecasts: of the accuracy drop, as the run printed them: before training, and after it.
@@ -87,6 +117,7 @@ class Run:
     packed_bytes: int
     curves: Mapping[str, tuple[tuple[int, float], ...]]
     updates: tuple[tuple[float, ...], ...]
+    updates_kind: str
     layers: tuple[Layer, ...]
     left_float: tuple[tuple[str, str], ...]
     environment: tuple[tuple[str, str], ...]
@@ -229,7 +260,7 @@ def read_run(path: Path, label: str) -> Run:
         float_bytes=result.whole("float_bytes"),
         packed_bytes=result.whole("packed_bytes"),
         curves=curves(history),
-        updates=tuple(tuple(r["update_ratio"]) for r in history if "update_ratio" in r),
+        **updates(history),
         layers=layers,
         left_float=tuple(
             (site.text("name", "") or "the model", site.text("why", ""))
@@ -244,7 +275,7 @@ def read_run(path: Path, label: str) -> Run:
         forecasts=tuple(
             text
             for name in ("forecast_before", "forecast")
-            if (text := " ".join(result.table(name).text("text", "").split()))
+            if (text := "; ".join(filter(None, map(str.strip, result.table(name).text("text", "").splitlines()))))
         ),
     )
 
@@ -268,7 +299,7 @@ def _history(run: RunDir) -> list[dict[str, Any]]:
 
 
 def epochs(path: Path, records: list[Any]) -> list[dict[str, Any]]:
-    """The records of a history with what is drawn of them: the index, finite numbers, and `update_ratio` of finite numbers."""
+    """The records of a history with what is drawn of them: the index, finite numbers, and ratios of changed codes."""
     found: list[dict[str, Any]] = []
     for record in records:
         fields = Fields(path, record, "history.")
@@ -280,15 +311,18 @@ def epochs(path: Path, records: list[Any]) -> list[dict[str, Any]]:
             for pair in PAIRS
             if cosines.table(pair).values.get("total") is not None
         }
-        ratios = [number(value) for value in fields.list("update_ratio")]
-        if (
-            ratios
-            and None not in ratios
-            and all(len(ratios) == len(r["update_ratio"]) for r in found if "update_ratio" in r)
-        ):
-            kept["update_ratio"] = ratios
+        for kind in UPDATES:
+            ratios = [number(value) for value in fields.list(kind)]
+            if ratios and None not in ratios and all(len(ratios) == len(r[kind]) for r in found if kind in r):
+                kept[kind] = ratios
         found.append(kept)
     return found
+
+
+def updates(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """`updates` and `updates_kind` of a `Run`."""
+    kind = next((kind for kind in UPDATES if any(kind in r for r in history)), "")
+    return {"updates": tuple(tuple(r[kind]) for r in history if kind in r), "updates_kind": kind}
 
 
 def curves(history: list[dict[str, Any]]) -> dict[str, tuple[tuple[int, float], ...]]:
@@ -341,19 +375,26 @@ def _analyses(folder: Path) -> tuple[Analysis, ...]:
 
 
 def _numbers(value: Any, name: str = "", depth: int = 0) -> list[tuple[str, str]]:
-    """What of a result can be read as a line: numbers, texts and short lists of them."""
+    """What of a result can be read as a line: numbers, texts and short lists of them; epochs are counted from 1."""
     if isinstance(value, Mapping) and depth < 5:
-        parts = [_numbers(item, f"{name} {key}".strip(), depth + 1) for key, item in value.items()]
+        parts = [_numbers(item, f"{name} {_word(key, item)}".strip(), depth + 1) for key, item in value.items()]
         return [row for part in parts for row in part]
     if isinstance(value, list):
         plain = all(not isinstance(item, (list, Mapping)) for item in value)
-        few = plain and 0 < len(value) <= 5
-        return [(name, ", ".join(map(show, value)))] if few else []
+        few = plain and 0 < len(value) <= 5 and any(item is not None for item in value)
+        first = 1 if name.endswith("epochs") and all(type(item) is int for item in value) else 0
+        return [(name, ", ".join(show(item + first if first else item) for item in value))] if few else []
     return [] if value is None or isinstance(value, Mapping) else [(name, show(value))]
 
 
+def _word(key: str, item: Any) -> str:
+    if key == "top":  # a group of the Hessian, the upper end of a histogram
+        return "" if isinstance(item, Mapping) else "histogram to"
+    return WORDS.get(key, key.replace("_", " "))
+
+
 def show(value: Any) -> str:
-    """A number with four significant digits, a text cut at 120 characters."""
+    """A number with four significant digits, a text cut behind a word."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -362,4 +403,6 @@ def show(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:.4g}".replace("-", "−")
-    return str(value)[:120] if isinstance(value, str) else str(number(value))
+    if isinstance(value, str):
+        return value if len(value) <= LONGEST else f"{value[:LONGEST].rpartition(' ')[0] or value[:LONGEST]} …"
+    return str(number(value))

@@ -10,7 +10,7 @@ from zsq_fast import papers
 from zsq_fast.errors import BadFileError
 from zsq_fast.methods.held_out import chosen_record
 from zsq_fast.report.published import CLASSES
-from zsq_fast.report.reading import JSON_LIMIT, Fields, Run, bounded, curves, epochs, read_recipe
+from zsq_fast.report.reading import JSON_LIMIT, Fields, Run, bounded, curves, epochs, read_recipe, updates
 from zsq_fast.runs.storage import from_json
 
 
@@ -42,7 +42,7 @@ def read_record(path: Path, label: str) -> Run:
         float_bytes=summary.whole("float_bytes"),
         packed_bytes=summary.whole("packed_bytes"),
         curves=curves(history),
-        updates=tuple(tuple(r["update_ratio"]) for r in history if "update_ratio" in r),
+        **updates(history),
         layers=(),
         left_float=(),
         environment=_environment(record, where, gpu),
