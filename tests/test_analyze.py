@@ -184,6 +184,23 @@ def test_optimised_images_and_a_run_that_held_none_out(capsys, tiny, tmp_path):
     assert code == 4 and "chose no epoch" in assert_one_sentence(err)
 
 
+def test_one_refusal_stops_no_other(capsys, tiny, tmp_path):
+    """Each is named, the first decides the exit code, and `all` leaves out what the run cannot have."""
+    out = train(capsys, tiny, tmp_path / "run", "rtn")
+    code, printed, err = analyze(capsys, out, "updates", "samples", "forecast", "--no-pictures")
+    lines = [line for line in err.splitlines() if line.startswith("zsq-fast: error: ")]
+    assert code == 2 and [line.split(": ")[2] for line in lines] == ["updates", "forecast"]
+    assert "difficulty" in printed and [p.name for p in (out / "analysis").iterdir()] == ["samples.json"]
+    code, printed, err = analyze(capsys, out, "all", "--json", "--no-pictures", "--images", 4)
+    (line,) = (line for line in err.splitlines() if line.startswith("zsq-fast: "))
+    done, left = set(json.loads(printed)), set(analysis.ANALYSES) - set(json.loads(printed))
+    assert code == 0 and {"layers", "samples", "cosine", "hessian", "surface"} <= done
+    assert {"updates", "forecast"} <= left and all(f"{name} (" in line for name in left)
+    for words in (("all", "updates"), ("all", "--fail-above", 3)):  # what was asked for by name has to be there
+        code, _, err = analyze(capsys, out, *words, "--no-pictures", "--images", 4)
+        assert code == 2 and "not for this run" in err and err.count("zsq-fast: error: ") == 1
+
+
 def test_superposed_images_have_soft_labels(capsys, tiny, tmp_path):
     out = train(capsys, tiny, tmp_path / "qimera", "qimera", "--set", "generator.superpose_probability=0.7")
     subject, *_ = load_it(out)
