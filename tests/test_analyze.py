@@ -15,7 +15,7 @@ from test_analysis_forecast import made
 import zsq_fast as zsq
 from zsq_fast import analysis
 from zsq_fast.analysis import forecast
-from zsq_fast.analysis.forecast import Calibration
+from zsq_fast.analysis.forecast import Calibration, Network
 from zsq_fast.analysis.subject import load_subject
 from zsq_fast.cli.job import Job, load
 from zsq_fast.cli.result import STUDENT, load_student
@@ -73,8 +73,15 @@ def analyze(capsys, run: Path, *words: object) -> tuple[int, str, str]:
     return call(capsys, "analyze", run, "--allow-import", "--what", *words)
 
 
-def calibrated(monkeypatch) -> None:
-    monkeypatch.setattr(forecast, "calibration", lambda _: Calibration(made(20, noise=0.3)))
+def calibrated(monkeypatch, run: Path) -> None:
+    """On runs like this one: of its network, its bits and, at one end, its agreement and KL."""
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    found = json.loads((run / "result.json").read_text())
+    points = [replace(p, weight_bits=3, act_bits=4) for p in made(20, noise=0.3)]
+    points.append(replace(points[0], agreement=last["held_out_agreement"], kl=last["held_out_kl"]))
+    network = Network(found["float_bytes"] // 4, (3, 8, 8), 4)
+    monkeypatch.setattr(forecast, "calibration", lambda _: Calibration(points))
+    monkeypatch.setattr(forecast, "calibrated_on", lambda: network)
 
 
 def load_it(run: Path, **options):
@@ -213,7 +220,7 @@ def test_superposed_images_have_soft_labels(capsys, tiny, tmp_path):
 
 
 def test_the_chosen_student(capsys, run, monkeypatch):
-    calibrated(monkeypatch)
+    calibrated(monkeypatch, run)
     chosen = json.loads((run / "result.json").read_text())["chosen_epoch"]
     code, out, err = analyze(capsys, run, "layers", "forecast", "--chosen", "--json", "--no-pictures")
     assert code == 0, err
@@ -227,7 +234,7 @@ def test_the_forecast_as_a_gate(capsys, run, monkeypatch):
     code, _, err = analyze(capsys, run, "forecast", "--no-pictures", "--fail-above", 3)
     if code == 2:  # while the committed records are too few
         assert "not calibrated" in assert_one_sentence(err)
-    calibrated(monkeypatch)
+    calibrated(monkeypatch, run)
     code, out, err = analyze(capsys, run, "forecast", "--json", "--no-pictures")
     assert code == 0, err
     found = json.loads(out)["forecast"]
@@ -239,6 +246,10 @@ def test_the_forecast_as_a_gate(capsys, run, monkeypatch):
     code, out, err = analyze(capsys, run, "forecast", "--fail-above", drop - 0.01, "--no-pictures")
     assert code == 7 and "above the limit" in assert_one_sentence(err) and "forecast without data" in out
     assert (run / "analysis" / "forecast.json").exists()
+    monkeypatch.setattr(forecast, "calibrated_on", lambda: Network(269_722, (3, 32, 32), 10))
+    code, out, err = analyze(capsys, run, "forecast", "--fail-above", drop + 99, "--no-pictures")
+    assert code == 2 and "(network, input size, classes), which therefore is no gate" in assert_one_sentence(err)
+    assert "beyond the calibration (network, input size, classes): the interval promises nothing" in out
 
 
 def test_a_run_prints_its_forecast(capsys, tiny, tmp_path, monkeypatch):

@@ -32,7 +32,13 @@ def make_parser() -> Parser:
     parser = Parser("analyze", f"Look into a finished run; writes RUN/{FOLDER}/NAME.json and NAME.png.")
     add = parser.add_argument
     add("run", metavar="RUN", help="the directory of a finished run")
-    add("--what", required=True, nargs="+", metavar="NAME", help=f"any of: {', '.join(ANALYSES)}; or {ALL} that the run allows")
+    add(
+        "--what",
+        required=True,
+        nargs="+",
+        metavar="NAME",
+        help=f"any of: {', '.join(ANALYSES)}; or {ALL} that the run allows",
+    )
     add("--chosen", action="store_true", help="the student of the chosen epoch, not of the last one")
     add(
         "--images",
@@ -42,7 +48,12 @@ def make_parser() -> Parser:
         help="synthetic images to look at, at most (256)",
     )
     add("--batch-size", type=integer(1), default=64, metavar="N")
-    add("--fail-above", type=_points, metavar="DROP", help="with forecast: exit 7 when it expects to lose more points, 2 beyond its calibration")
+    add(
+        "--fail-above",
+        type=_points,
+        metavar="DROP",
+        help="with forecast: exit 7 when it expects to lose more points, 2 beyond its calibration",
+    )
     add("--no-pictures", action="store_true", help="numbers only; needs no matplotlib")
     add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N")
     add("--allow-import", action="store_true", help="allow the run's model to import and run your code")
