@@ -126,6 +126,40 @@ def test_the_losses_around_the_student(capsys, run):
     assert all((run / "analysis" / f"{name}.png").stat().st_size > 1000 for name in found)
 
 
+def test_options(capsys, run):
+    pytest.importorskip("matplotlib")
+    code, _, err = analyze(
+        capsys, run, "hessian", "surface", "cosine", "--images", 8, "--set", "surface.directions=eigenvectors",
+        "surface.points=5", "surface.dimensions=1", "surface.span=0.5", "surface.losses=kl", "surface.steps=12", "--set",
+        "hessian.probes=3", "hessian.steps=4", "hessian.count=2", "hessian.losses=kl,ce",
+        "hessian.parameters=0.weight", "cosine.losses=ce,kl",
+    )  # fmt: skip
+    assert code == 0, err
+    hessian, surface, cosine = (
+        json.loads((run / "analysis" / f"{name}.json").read_text()) for name in ("hessian", "surface", "cosine")
+    )
+    assert surface["offsets"] == [-0.5, -0.25, 0, 0.25, 0.5] and list(surface["losses"]) == ["kl"]
+    (title,) = surface["directions"]
+    assert title.startswith("eigenvector of KL, eigenvalue ") and len(surface["losses"]["kl"]) == 5
+    assert surface["options"] == {
+        "directions": "eigenvectors", "dimensions": 1, "points": 5, "span": 0.5, "losses": ["kl"], "hessian": "kl",
+        "steps": 12, "seed": 0, "batches": 1}  # fmt: skip
+    found = hessian["losses"]["kl"]
+    assert (
+        list(hessian["losses"]) == ["kl", "ce"] and hessian["parameters"] == load_it(run)[0].student[0].weight.numel()
+    )
+    assert (len(found["trace"]["samples"]), len(found["density"]["nodes"]), len(found["top"]["values"])) == (3, 4, 2)
+    assert hessian["options"]["runs"] == 1 and list(cosine["pairs"]) == ["ce-kl"]
+    (run / "analysis" / "surface.json").unlink()
+    code, _, err = analyze(capsys, run, "all", "--set", "surface.points=4", "--images", 4, "--no-pictures")
+    assert code == 2 and "surface: a surface needs" in errors(err)[0]  # an option is asked for by name
+    assert not (run / "analysis" / "surface.json").exists()
+
+
+def errors(err: str) -> list[str]:
+    return [line for line in err.splitlines() if line.startswith("zsq-fast: error: ")]
+
+
 def test_json_without_pictures(capsys, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, out, err = analyze(capsys, run, "samples", "--json", "--no-pictures", "--images", 12)
@@ -195,8 +229,7 @@ def test_one_refusal_stops_no_other(capsys, tiny, tmp_path):
     """Each is named, the first decides the exit code, and `all` leaves out what the run cannot have."""
     out = train(capsys, tiny, tmp_path / "run", "rtn")
     code, printed, err = analyze(capsys, out, "updates", "samples", "forecast", "--no-pictures")
-    lines = [line for line in err.splitlines() if line.startswith("zsq-fast: error: ")]
-    assert code == 2 and [line.split(": ")[2] for line in lines] == ["updates", "forecast"]
+    assert code == 2 and [line.split(": ")[2] for line in errors(err)] == ["updates", "forecast"]
     assert "difficulty" in printed and [p.name for p in (out / "analysis").iterdir()] == ["samples.json"]
     code, printed, err = analyze(capsys, out, "all", "--json", "--no-pictures", "--images", 4)
     (line,) = (line for line in err.splitlines() if line.startswith("zsq-fast: "))
@@ -205,7 +238,7 @@ def test_one_refusal_stops_no_other(capsys, tiny, tmp_path):
     assert {"updates", "forecast"} <= left and all(f"{name} (" in line for name in left)
     for words in (("all", "updates"), ("all", "--fail-above", 3)):  # what was asked for by name has to be there
         code, _, err = analyze(capsys, out, *words, "--no-pictures", "--images", 4)
-        assert code == 2 and "not for this run" in err and err.count("zsq-fast: error: ") == 1
+        assert code == 2 and "not for this run" in err and len(errors(err)) == 1
 
 
 def test_superposed_images_have_soft_labels(capsys, tiny, tmp_path):
@@ -286,6 +319,12 @@ def test_a_run_prints_its_forecast(capsys, tiny, tmp_path, monkeypatch):
         (["layers", "--fail-above", "2"], 2, "add it to --what"),
         (["forecast", "--fail-above", "nan"], 2, "'nan' is not a number of points"),
         (["layers", "--images", "0"], 2, "--images"),
+        (["surface", "--set", "surface.point=5"], 2, "has no option 'point'. Did you mean 'points'?"),
+        (["surface", "--set", "surfaces.points=5"], 2, "Did you mean 'surface'?"),
+        (["surface", "--set", "surface.points=five"], 2, "surface.points takes a number (int), got 'five'"),
+        (["surface", "--set", "points=5"], 2, "not an option of an analysis such as"),
+        (["layers", "--set", "layers.points=5"], 2, "has no option 'points'. It has none."),
+        (["layers", "--set", "surface.points=5"], 2, "add it to --what"),
         (["layers", "--picture"], 2, "Did you mean '--no-pictures'?"),
     ],
 )

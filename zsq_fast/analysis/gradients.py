@@ -57,8 +57,8 @@ class GradientCosines:
         return "\n".join([*lines, *(f"{name:<28}" + "".join(map(text, values)) for name, values in rows)])
 
 
-def of_subject(subject: Subject) -> GradientCosines:
-    return gradient_cosines(subject.student, *losses_of(subject))
+def of_subject(subject: Subject, *, losses: tuple[str, ...] = ()) -> GradientCosines:
+    return gradient_cosines(subject.student, *losses_of(subject, names=losses))
 
 
 def gradient_cosines(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from zsq_fast.analysis import ANALYSES, check_name, find
+from zsq_fast.analysis import ANALYSES, check_name, find, options, read_options
 from zsq_fast.cli.arguments import Parser, device, integer
 from zsq_fast.errors import BadFileError, LimitError, UnsupportedModelError, UsageError, ZsqError
 
@@ -49,6 +48,15 @@ def make_parser() -> Parser:
     )
     add("--batch-size", type=integer(1), default=64, metavar="N")
     add(
+        "--set",
+        dest="options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME.OPTION=VALUE",
+        help="options of analyses, such as surface.directions=eigenvectors surface.points=21 hessian.losses=ce,kl",
+    )
+    add(
         "--fail-above",
         type=_points,
         metavar="DROP",
@@ -68,6 +76,11 @@ def run(words: Sequence[str]) -> int:
         if not {ALL, "forecast"} & set(arguments.what):
             raise UsageError("--fail-above is a limit to the forecast: add it to --what.")
         asked.add("forecast")
+    given = read_options(arguments.options)
+    for name in given:
+        if not {ALL, name} & set(arguments.what):
+            raise UsageError(f"--set has options of '{name}': add it to --what.")
+    asked |= given.keys()
     names = list(ANALYSES) if ALL in arguments.what else list(dict.fromkeys(arguments.what))
     figure = None if arguments.no_pictures else figure_class()
     from zsq_fast.runs.storage import make_directory, replace_file, to_json, writing
@@ -75,12 +88,13 @@ def run(words: Sequence[str]) -> int:
     subject, folder = _load(arguments), Path(arguments.run) / FOLDER
     with writing(folder):
         make_directory(folder)
-    results: dict[str, Any] = {}
+    results: dict[str, dict[str, Any]] = {}
     refusals, left_out = list[ZsqError](), list[str]()
     for name in names:
         compute, draw = find(name)
+        used = {**options(name), **given.get(name, {})}
         try:
-            result = compute(subject)
+            result = compute(subject, **used)
         except ZsqError as error:
             if name not in asked and isinstance(error, UsageError | UnsupportedModelError):
                 left_out.append(f"{name} ({_sentence(error)})")
@@ -88,14 +102,14 @@ def run(words: Sequence[str]) -> int:
                 print(f"zsq-fast: error: {name}: {_sentence(error)}", file=sys.stderr)
                 refusals.append(error)
             continue
-        results[name] = result
-        replace_file(folder / f"{name}.json", to_json(result.to_dict()))
+        results[name] = {**result.to_dict(), **({"options": used} if used else {})}
+        replace_file(folder / f"{name}.json", to_json(results[name]))
         if figure is not None:
             replace_file(folder / f"{name}.png", _png(figure, draw, result))
         if not arguments.json:
             print(f"{name}\n{result}\n")
     if arguments.json:
-        print(json.dumps({name: json.loads(to_json(result.to_dict())) for name, result in results.items()}, indent=1))
+        print(to_json(results).decode(), end="")
     elif results:
         print(f"numbers{'' if figure is None else ' and pictures'}: {folder}")
     if left_out:
@@ -103,7 +117,7 @@ def run(words: Sequence[str]) -> int:
     if refusals:
         return refusals[0].exit_code
     if arguments.fail_above is not None:
-        _check_limit(results["forecast"].forecast, arguments.fail_above)
+        _check_limit(results["forecast"]["forecast"], arguments.fail_above)
     return 0
 
 
@@ -111,14 +125,15 @@ def _sentence(error: ZsqError) -> str:
     return " ".join(str(error).split())
 
 
-def _check_limit(found: Any, limit: float) -> None:
-    if found.beyond:  # nobody knows how wrong the number is, so it lets nothing pass
+def _check_limit(found: Mapping[str, Any], limit: float) -> None:
+    if found["beyond"]:  # nobody knows how wrong the number is, so it lets nothing pass
         raise UsageError(
-            f"the run is beyond the calibration of the forecast ({', '.join(found.beyond)}), which therefore is no gate for it."
+            f"the run is beyond the calibration of the forecast ({', '.join(found['beyond'])}), which therefore is no gate for it."
         )
-    if not found.drop <= limit:
+    drop, low, high = (found[key] for key in ("drop", "low", "high"))
+    if not drop <= limit:
         raise LimitError(
-            f"the forecast drop of {found.drop:.2f} points ({found.low:.2f} to {found.high:.2f}) is above the limit of {limit:g}."
+            f"the forecast drop of {drop:.2f} points ({low:.2f} to {high:.2f}) is above the limit of {limit:g}."
         )
 
 
