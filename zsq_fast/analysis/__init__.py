@@ -21,6 +21,7 @@ ANALYSES = {
     "updates": ("updates:of_subject", "updates:draw"),
     "forecast": ("forecast:of_subject", "forecast:draw"),
     "cosine": ("gradients:of_subject", "gradients:draw"),
+    "cosine_history": ("gradients:history_of_subject", "gradients:draw_tracked"),
     "hessian": ("curvature:of_subject", "curvature:draw"),
     "surface": ("surface:of_subject", "surface:draw"),
 }
