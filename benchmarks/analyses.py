@@ -48,6 +48,13 @@ def read(path: Path) -> tuple[str, dict[str, Any]]:
     return name, held
 
 
+class Numbers(dict[str, Any]):
+    """The written numbers of an analysis under the names of its result, as `draw` takes it."""
+
+    def __getattribute__(self, name: str) -> Any:
+        return self[name] if name in self else super().__getattribute__(name)
+
+
 def _save(draw: Callable[[Figure], None], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     draw(figure)
@@ -66,7 +73,7 @@ def main() -> None:
         args.pictures.mkdir(parents=True, exist_ok=True)
         for analysis in ANALYSES:
             draw = find(analysis)[1]
-            result = json.loads((path / "analysis" / f"{analysis}.json").read_text())
+            result = json.loads((path / "analysis" / f"{analysis}.json").read_text(), object_hook=Numbers)
             _save(
                 lambda figure, draw=draw, result=result: draw(result, figure), args.pictures / f"{name}_{analysis}.png"
             )

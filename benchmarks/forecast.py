@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,16 @@ from zsq_fast.analysis.forecast import DATA, Calibration, Point, trained_on
 from zsq_fast.errors import UsageError
 
 PATTERN = "cifar10_resnet20_*.json"
+INPUT_SIZE, CLASSES = (3, 32, 32), 10  # of CIFAR-10
 TEST_IMAGES = 10_000  # a record of fewer is a rehearsal
+
+
+def parameters(folder: Path, names: Sequence[str]) -> int:
+    """Of the float network of these records, of which there is one. Raises ValueError: two networks."""
+    held = (json.loads((folder / name).read_text()) for name in names)
+    students = (student for record in held for student in record.get("students", {"": record}).values())
+    (size,) = {student["summary"]["float_bytes"] for student in students if "summary" in student}
+    return int(size) // 4
 
 
 def points(folder: Path) -> Iterator[Point]:
@@ -69,9 +78,15 @@ def main() -> None:
         print(f"{images} images: {summary[images]}")
     if args.write:
         environment = record.environment()
+        files = sorted({point.record.split()[0] for point in found})
         held = {
             "what": "last epochs of the records in benchmarks/results, by `python -m benchmarks.forecast --write`",
             "network": "ResNet-20 on CIFAR-10, all 10,000 test images",
+            "calibrated_on": {
+                "parameters": parameters(args.records, files),
+                "input_size": INPUT_SIZE,
+                "classes": CLASSES,
+            },
             "commit": environment["commit"],
             "date": environment["date"],
             "calibration": summary,

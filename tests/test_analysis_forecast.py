@@ -10,15 +10,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from report_support import overlapping
+from torch import nn
 
 from zsq_fast.analysis import forecast as module
-from zsq_fast.analysis.forecast import Calibration, Outlook, Point, draw, outlook, read_points
+from zsq_fast.analysis.forecast import (
+    Calibration,
+    Network,
+    Outlook,
+    Point,
+    calibrated_on,
+    draw,
+    network_of,
+    outlook,
+    read_points,
+)
 from zsq_fast.errors import UsageError
+from zsq_fast.models import load_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import forecast as program
 from benchmarks import record
+
+CIFAR = Network(269_722, (3, 32, 32), 10)
 
 
 def made(count: int = 12, noise: float = 0.0, seed: int = 0, by: str = "kl", recipes: int = 6) -> list[Point]:
@@ -88,6 +103,34 @@ def test_what_lies_beyond_is_named():
     assert found.forecast(1.0, 0.0, (4, 4)).drop == found.forecast(best.agreement, best.kl, (4, 4)).drop > 0
 
 
+def test_another_network_is_beyond_the_calibration(monkeypatch):
+    monkeypatch.setattr(module, "calibration", lambda _: Calibration(made(20)))
+    p = made(20)[3]
+    known = p.agreement, p.kl, (p.weight_bits, p.act_bits), "optimised"
+    assert outlook(*known, CIFAR).forecast.beyond == () and "beyond" not in str(
+        module.prior((3, 3), "optimised", CIFAR)
+    )
+    for change, names in (
+        ({"parameters": 11_689_512}, ("network",)),
+        ({"classes": 100}, ("classes",)),
+        ({"input_size": (3, 64, 64), "classes": 200}, ("input size", "classes")),
+    ):
+        other = replace(CIFAR, **change)
+        before, after = module.prior((3, 3), "optimised", other, 1.0), outlook(*known, other)
+        assert before.beyond == after.forecast.beyond == names
+        text = f"beyond the calibration ({', '.join(names)}): the interval promises nothing here"
+        assert text in str(before) and text in str(after) and str(before).count("\n") == 0
+    assert module.forecast(0.1, p.kl, (8, 8), "optimised", other).beyond == ("agreement", "bits", *names)
+
+
+def test_a_network_is_known_by_its_sizes():
+    teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 7)).train()
+    before = {name: t.clone() for name, t in teacher.state_dict().items()}
+    assert network_of(teacher, (3, 8, 8)) == Network(3 * 4 * 9 + 4 + 8 + 4 * 36 * 7 + 7, (3, 8, 8), 7)
+    assert all(torch.equal(t, before[name]) for name, t in teacher.state_dict().items()) and teacher.training
+    assert network_of(load_model("resnet20_a", num_classes=10).model, (3, 32, 32)) == calibrated_on() == CIFAR
+
+
 @pytest.mark.parametrize("points", [made(9), made(30, recipes=4), []])
 def test_too_few_points(points):
     with pytest.raises(UsageError, match=r"not calibrated for such images: .*`python -m benchmarks\.forecast --write"):
@@ -97,14 +140,14 @@ def test_too_few_points(points):
 def test_the_outlook_is_checked_against_what_was_measured(monkeypatch):
     monkeypatch.setattr(module, "calibration", lambda _: Calibration(made(20, noise=0.3)))
     p = made(20, noise=0.3)[3]
-    found = outlook(p.agreement, p.kl, (p.weight_bits, p.act_bits), "optimised")
+    found = outlook(p.agreement, p.kl, (p.weight_bits, p.act_bits), "optimised", CIFAR)
     assert isinstance(found, Outlook) and found.measured is None and "measured" not in str(found)
-    assert found.forecast == module.forecast(p.agreement, p.kl, (p.weight_bits, p.act_bits), "optimised")
+    assert found.forecast == module.forecast(p.agreement, p.kl, (p.weight_bits, p.act_bits), "optimised", CIFAR)
     for measured, word in ((found.forecast.drop, "inside"), (found.forecast.high + 1, "outside")):
-        checked = outlook(p.agreement, p.kl, (p.weight_bits, p.act_bits), "optimised", measured)
+        checked = outlook(p.agreement, p.kl, (p.weight_bits, p.act_bits), "optimised", CIFAR, measured)
         assert f"{measured:.2f} points, {word} the interval" in str(checked)
     assert "20 runs of 6 recipes" in str(found) and "error on a recipe left out: mean" in str(found)
-    assert "beyond the calibration (bits)" in str(outlook(p.agreement, p.kl, (8, 8), "optimised"))
+    assert "beyond the calibration (bits)" in str(outlook(p.agreement, p.kl, (8, 8), "optimised", CIFAR))
     figure = pytest.importorskip("matplotlib.figure").Figure()
     draw(checked, figure)
     assert overlapping(figure) == []
@@ -117,15 +160,17 @@ def test_before_a_run_the_drops_of_the_committed_ones_are_known(monkeypatch):
     ablation = replace(points[0], record="x_ablation_y.json a", drop=99.0)
     monkeypatch.setattr(module, "calibration", lambda _: Calibration([*points, ablation]))
     drops = sorted(p.drop for p in points if p.weight_bits == 3)
-    found = module.prior((3.0, 3.0), "optimised")
+    found = module.prior((3.0, 3.0), "optimised", CIFAR)
     assert (found.low, found.high, found.runs, found.level) == (drops[0], drops[-1], 10, 9 / 11)
     assert found.drop == pytest.approx((drops[4] + drops[5]) / 2) and "(82% interval; 10 runs at these bits of " in str(
         found
     )
     for measured, word in ((drops[0], "inside"), (drops[-1] + 0.1, "outside")):
-        assert str(module.prior((3.0, 3.0), "optimised", measured)).endswith(f"; measured {measured:.2f}, {word}")
+        assert str(module.prior((3.0, 3.0), "optimised", CIFAR, measured)).endswith(
+            f"; measured {measured:.2f}, {word}"
+        )
     with pytest.raises(UsageError, match="0 committed runs at W8A8"):
-        module.prior((8, 8), "optimised")
+        module.prior((8, 8), "optimised", CIFAR)
 
 
 def test_the_interval_before_a_run_holds_what_it_promises(monkeypatch):
@@ -134,7 +179,7 @@ def test_the_interval_before_a_run_holds_what_it_promises(monkeypatch):
     for seed in range(300):
         points = [replace(p, weight_bits=3, act_bits=3) for p in made(11, noise=0.3, seed=seed)]
         monkeypatch.setattr(module, "calibration", lambda _, known=points[:10]: Calibration(known))
-        found = module.prior((3, 3), "optimised")
+        found = module.prior((3, 3), "optimised", CIFAR)
         inside, total = inside + (found.low <= points[10].drop <= found.high), total + 1
     assert inside / total == pytest.approx(9 / 11, abs=0.07)
 
@@ -145,6 +190,7 @@ def student(name: str, bits: int, **more) -> dict:
     held = {
         "results": {"float": 91.73, "last": 90.0},
         "history": history,
+        "summary": {"float_bytes": 400},
         "recipe": {"name": name, "quant": quant, "images": {"enabled": True}},
     }
     return {**held, **more}
@@ -188,6 +234,7 @@ def test_the_program_writes_what_the_package_reads(tmp_path, monkeypatch, capsys
     assert "12 runs of 6 recipes" in capsys.readouterr().out
     held = json.loads(out.read_text())
     assert [Point(**p) for p in held["points"]] == list(program.points(tmp_path)) and held["commit"]
+    assert held["calibrated_on"] == {"parameters": 100, "input_size": [3, 32, 32], "classes": 10}
     assert "12 runs of 6 recipes" in held["calibration"]["optimised"]
     assert "not calibrated for such images: there are 0" in held["calibration"]["generated"]
 
@@ -197,3 +244,4 @@ def test_committed_points_stand_in_committed_records():
     known = {p.record: p for p in program.points(record.RESULTS)}
     assert all(known.get(p.record) == p for p in points)
     assert {"what", "network", "commit", "date", "calibration"} <= held.keys()
+    assert program.parameters(record.RESULTS, [p.record.split()[0] for p in points]) == calibrated_on().parameters

@@ -15,7 +15,7 @@ from stopping import same_tensors
 from torch import nn
 
 import zsq_fast as zsq
-from zsq_fast.analysis.gradients import draw, draw_history, gradient_cosines
+from zsq_fast.analysis.gradients import CosineHistory, draw, draw_history, draw_tracked, gradient_cosines, tracked
 from zsq_fast.analysis.losses import BatchLosses
 from zsq_fast.errors import Interrupted, UsageError
 from zsq_fast.methods import Trainer, load_recipe, run_together
@@ -64,7 +64,8 @@ def test_the_meter_in_closed_form():
                 sides = [torch.cat([given[side][n].flatten() for n in chosen]) for side in ("ce", "kl")]
                 seen.append(cosine(*sides))
     found = meter.read()["ce-kl"]
-    assert found["batches"] == 2 and all(p.grad is None for p in network.parameters())
+    assert found["batches"] == 2 and found["per_batch"] == [*(pytest.approx(v, abs=1e-6) for v in seen[2::3]), None]
+    assert all(p.grad is None for p in network.parameters())
     for key, values in (("weights", seen[1::3]), ("total", seen[2::3])):
         assert found[key] == pytest.approx(statistics.fmean(values), abs=1e-6)
         assert found[f"{key}_deviation"] == pytest.approx(statistics.stdev(values), abs=1e-6)
@@ -233,6 +234,8 @@ def test_a_resumed_run_has_the_same_cosines(tmp_path, monkeypatch):
     again, resumed = run("cut", again=True)
     assert same_tensors(again.student, whole.student) and again.history == whole.history
     assert resumed == records and records[2]["cosine"]["fa-kl"]["batches"] == 3
+    found = records[2]["cosine"]["fa-kl"]
+    assert len(found["per_batch"]) == 3 and statistics.fmean(found["per_batch"]) == pytest.approx(found["total"])
 
 
 def test_on_the_command_line(tmp_path, capsys):
@@ -242,6 +245,16 @@ def test_on_the_command_line(tmp_path, capsys):
     assert code == 0, err
     with RunDir.open(tmp_path / "run", read_only=True) as run:
         assert run.info["job"]["track_cosine"] == 1 and run.read_metrics()[1]["cosine"]["ce-kl"]["batches"] == 2
+        history = run.read_metrics()
+    code, out, err = call(
+        capsys, "analyze", tmp_path / "run", "--allow-import", "--what", "cosine_history", "--no-pictures"
+    )
+    assert code == 0, err
+    found = json.loads((tmp_path / "run" / "analysis" / "cosine_history.json").read_text())
+    assert found["epochs"] == [{"epoch": r["epoch"], "cosine": r["cosine"]} for r in history if "cosine" in r]
+    kept = found["epochs"][0]["cosine"]["ce-kl"]
+    assert found["layers"] == ["0", "3", "8"] and len(kept["layers"]) == 3 and len(kept["per_batch"]) == 2
+    assert f"{kept['total']:+.3f}" in out and "CE-KL" in out
     code, _, err = call(capsys, *words, "--track-cosine", -1)
     assert code == 2 and "'-1' is not a number of at least 0" in err
 
@@ -261,11 +274,19 @@ def test_pictures(pair, tmp_path):
     for name, picture in (
         ("now", lambda canvas: draw(found, canvas)),
         ("run", lambda canvas: draw_history(history, canvas)),
+        ("steps", lambda canvas: draw_tracked(CosineHistory([], tracked(history)), canvas)),
     ):
         canvas = figure()
         picture(canvas)
         canvas.savefig(tmp_path / f"{name}.png")
         assert len(canvas.axes[0].get_legend().get_texts()) == 3
+    points = {
+        (x, y) for line in canvas.axes[0].lines if line.get_marker() == "." for x, y in line.get_xydata().tolist()
+    }
+    assert {
+        (2.5, history[2]["cosine"]["fa-kl"]["per_batch"][0]),
+        (3, history[2]["cosine"]["ce-kl"]["per_batch"][1]),
+    } < points
 
 
 def test_refused(pair):

@@ -15,7 +15,7 @@ from test_analysis_forecast import made
 import zsq_fast as zsq
 from zsq_fast import analysis
 from zsq_fast.analysis import forecast
-from zsq_fast.analysis.forecast import Calibration
+from zsq_fast.analysis.forecast import Calibration, Network
 from zsq_fast.analysis.subject import load_subject
 from zsq_fast.cli.job import Job, load
 from zsq_fast.cli.result import STUDENT, load_student
@@ -73,8 +73,15 @@ def analyze(capsys, run: Path, *words: object) -> tuple[int, str, str]:
     return call(capsys, "analyze", run, "--allow-import", "--what", *words)
 
 
-def calibrated(monkeypatch) -> None:
-    monkeypatch.setattr(forecast, "calibration", lambda _: Calibration(made(20, noise=0.3)))
+def calibrated(monkeypatch, run: Path) -> None:
+    """On runs like this one: of its network, its bits and, at one end, its agreement and KL."""
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    found = json.loads((run / "result.json").read_text())
+    points = [replace(p, weight_bits=3, act_bits=4) for p in made(20, noise=0.3)]
+    points.append(replace(points[0], agreement=last["held_out_agreement"], kl=last["held_out_kl"]))
+    network = Network(found["float_bytes"] // 4, (3, 8, 8), 4)
+    monkeypatch.setattr(forecast, "calibration", lambda _: Calibration(points))
+    monkeypatch.setattr(forecast, "calibrated_on", lambda: network)
 
 
 def load_it(run: Path, **options):
@@ -117,6 +124,40 @@ def test_the_losses_around_the_student(capsys, run):
     assert found["hessian"]["images"] == 12 and f"{found['hessian']['losses']['kl']['trace']['mean']:.4g}" in out
     assert found["surface"]["losses"]["kl"][7][7] == found["surface"]["centre"]["kl"]
     assert all((run / "analysis" / f"{name}.png").stat().st_size > 1000 for name in found)
+
+
+def test_options(capsys, run):
+    pytest.importorskip("matplotlib")
+    code, _, err = analyze(
+        capsys, run, "hessian", "surface", "cosine", "--images", 8, "--set", "surface.directions=eigenvectors",
+        "surface.points=5", "surface.dimensions=1", "surface.span=0.5", "surface.losses=kl", "surface.steps=12", "--set",
+        "hessian.probes=3", "hessian.steps=4", "hessian.count=2", "hessian.losses=kl,ce",
+        "hessian.parameters=0.weight", "cosine.losses=ce,kl",
+    )  # fmt: skip
+    assert code == 0, err
+    hessian, surface, cosine = (
+        json.loads((run / "analysis" / f"{name}.json").read_text()) for name in ("hessian", "surface", "cosine")
+    )
+    assert surface["offsets"] == [-0.5, -0.25, 0, 0.25, 0.5] and list(surface["losses"]) == ["kl"]
+    (title,) = surface["directions"]
+    assert title.startswith("eigenvector of KL, eigenvalue ") and len(surface["losses"]["kl"]) == 5
+    assert surface["options"] == {
+        "directions": "eigenvectors", "dimensions": 1, "points": 5, "span": 0.5, "losses": ["kl"], "hessian": "kl",
+        "steps": 12, "seed": 0, "batches": 1}  # fmt: skip
+    found = hessian["losses"]["kl"]
+    assert (
+        list(hessian["losses"]) == ["kl", "ce"] and hessian["parameters"] == load_it(run)[0].student[0].weight.numel()
+    )
+    assert (len(found["trace"]["samples"]), len(found["density"]["nodes"]), len(found["top"]["values"])) == (3, 4, 2)
+    assert hessian["options"]["runs"] == 1 and list(cosine["pairs"]) == ["ce-kl"]
+    (run / "analysis" / "surface.json").unlink()
+    code, _, err = analyze(capsys, run, "all", "--set", "surface.points=4", "--images", 4, "--no-pictures")
+    assert code == 2 and "surface: a surface needs" in errors(err)[0]  # an option is asked for by name
+    assert not (run / "analysis" / "surface.json").exists()
+
+
+def errors(err: str) -> list[str]:
+    return [line for line in err.splitlines() if line.startswith("zsq-fast: error: ")]
 
 
 def test_json_without_pictures(capsys, run, monkeypatch):
@@ -184,6 +225,22 @@ def test_optimised_images_and_a_run_that_held_none_out(capsys, tiny, tmp_path):
     assert code == 4 and "chose no epoch" in assert_one_sentence(err)
 
 
+def test_one_refusal_stops_no_other(capsys, tiny, tmp_path):
+    """Each is named, the first decides the exit code, and `all` leaves out what the run cannot have."""
+    out = train(capsys, tiny, tmp_path / "run", "rtn")
+    code, printed, err = analyze(capsys, out, "updates", "samples", "forecast", "--no-pictures")
+    assert code == 2 and [line.split(": ")[2] for line in errors(err)] == ["updates", "forecast"]
+    assert "difficulty" in printed and [p.name for p in (out / "analysis").iterdir()] == ["samples.json"]
+    code, printed, err = analyze(capsys, out, "all", "--json", "--no-pictures", "--images", 4)
+    (line,) = (line for line in err.splitlines() if line.startswith("zsq-fast: "))
+    done, left = set(json.loads(printed)), set(analysis.ANALYSES) - set(json.loads(printed))
+    assert code == 0 and {"layers", "samples", "cosine", "hessian", "surface"} <= done
+    assert {"updates", "forecast"} <= left and all(f"{name} (" in line for name in left)
+    for words in (("all", "updates"), ("all", "--fail-above", 3)):  # what was asked for by name has to be there
+        code, _, err = analyze(capsys, out, *words, "--no-pictures", "--images", 4)
+        assert code == 2 and "not for this run" in err and len(errors(err)) == 1
+
+
 def test_superposed_images_have_soft_labels(capsys, tiny, tmp_path):
     out = train(capsys, tiny, tmp_path / "qimera", "qimera", "--set", "generator.superpose_probability=0.7")
     subject, *_ = load_it(out)
@@ -196,7 +253,7 @@ def test_superposed_images_have_soft_labels(capsys, tiny, tmp_path):
 
 
 def test_the_chosen_student(capsys, run, monkeypatch):
-    calibrated(monkeypatch)
+    calibrated(monkeypatch, run)
     chosen = json.loads((run / "result.json").read_text())["chosen_epoch"]
     code, out, err = analyze(capsys, run, "layers", "forecast", "--chosen", "--json", "--no-pictures")
     assert code == 0, err
@@ -210,7 +267,7 @@ def test_the_forecast_as_a_gate(capsys, run, monkeypatch):
     code, _, err = analyze(capsys, run, "forecast", "--no-pictures", "--fail-above", 3)
     if code == 2:  # while the committed records are too few
         assert "not calibrated" in assert_one_sentence(err)
-    calibrated(monkeypatch)
+    calibrated(monkeypatch, run)
     code, out, err = analyze(capsys, run, "forecast", "--json", "--no-pictures")
     assert code == 0, err
     found = json.loads(out)["forecast"]
@@ -222,6 +279,10 @@ def test_the_forecast_as_a_gate(capsys, run, monkeypatch):
     code, out, err = analyze(capsys, run, "forecast", "--fail-above", drop - 0.01, "--no-pictures")
     assert code == 7 and "above the limit" in assert_one_sentence(err) and "forecast without data" in out
     assert (run / "analysis" / "forecast.json").exists()
+    monkeypatch.setattr(forecast, "calibrated_on", lambda: Network(269_722, (3, 32, 32), 10))
+    code, out, err = analyze(capsys, run, "forecast", "--fail-above", drop + 99, "--no-pictures")
+    assert code == 2 and "(network, input size, classes), which therefore is no gate" in assert_one_sentence(err)
+    assert "beyond the calibration (network, input size, classes): the interval promises nothing" in out
 
 
 def test_a_run_prints_its_forecast(capsys, tiny, tmp_path, monkeypatch):
@@ -258,6 +319,12 @@ def test_a_run_prints_its_forecast(capsys, tiny, tmp_path, monkeypatch):
         (["layers", "--fail-above", "2"], 2, "add it to --what"),
         (["forecast", "--fail-above", "nan"], 2, "'nan' is not a number of points"),
         (["layers", "--images", "0"], 2, "--images"),
+        (["surface", "--set", "surface.point=5"], 2, "has no option 'point'. Did you mean 'points'?"),
+        (["surface", "--set", "surfaces.points=5"], 2, "Did you mean 'surface'?"),
+        (["surface", "--set", "surface.points=five"], 2, "surface.points takes a number (int), got 'five'"),
+        (["surface", "--set", "points=5"], 2, "not an option of an analysis such as"),
+        (["layers", "--set", "layers.points=5"], 2, "has no option 'points'. It has none."),
+        (["layers", "--set", "surface.points=5"], 2, "add it to --what"),
         (["layers", "--picture"], 2, "Did you mean '--no-pictures'?"),
     ],
 )

@@ -328,9 +328,21 @@ class Curvature:
         return "\n".join(lines)
 
 
-def of_subject(subject: Subject) -> Curvature:
-    """On the first batch: every product costs two backward passes over the images."""
-    return curvature(subject.student, *losses_of(subject, 1))
+def of_subject(
+    subject: Subject,
+    *,
+    losses: tuple[str, ...] = (),
+    parameters: tuple[str, ...] = (),
+    probes: int = 50,
+    count: int = 5,
+    steps: int = 60,
+    runs: int = 1,
+    seed: int = 0,
+    batches: int = 1,
+) -> Curvature:
+    """On the first batches: every product costs two backward passes over the images. Without losses or parameters named, of all."""
+    numbers: dict[str, Any] = dict(probes=probes, count=count, steps=steps, runs=runs, seed=seed)
+    return curvature(subject.student, *losses_of(subject, batches, losses), parameters=parameters or None, **numbers)
 
 
 def curvature(

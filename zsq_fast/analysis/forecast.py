@@ -6,15 +6,18 @@ file. The model is a straight line, or a plane, through them: asinh(drop) over t
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from importlib import resources
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from zsq_fast.analysis.subject import Subject
 from zsq_fast.errors import UsageError
@@ -57,9 +60,32 @@ def trained_on(optimised: bool) -> str:
 
 
 @dataclass(frozen=True)
+class Network:
+    """What tells float networks apart without their names: the number of parameters, `(C, H, W)` of their images, and of classes."""
+
+    parameters: int
+    input_size: tuple[int, ...]
+    classes: int
+
+    def unlike(self, other: Network) -> tuple[str, ...]:
+        """In what it differs: "network", "input size", "classes"."""
+        names = {"parameters": "network", "input_size": "input size", "classes": "classes"}
+        return tuple(name for key, name in names.items() if getattr(self, key) != getattr(other, key))
+
+
+def network_of(teacher: nn.Module, input_size: Sequence[int]) -> Network:
+    """Of a float network that returns logits `[N, classes]`, by a forward pass of one empty image; it is not changed."""
+    network = copy.deepcopy(teacher).eval() if teacher.training else teacher
+    with torch.no_grad():
+        logits = network(torch.zeros(1, *input_size, device=next(network.parameters()).device))
+    return Network(sum(p.numel() for p in network.parameters()), tuple(input_size), logits.shape[1])
+
+
+@dataclass(frozen=True)
 class Forecast:
     """Points of top-1 that the student is expected to lie below the float network; `low` to `high` holds the true drop in about 90 % of
-    runs like those of the calibration. `beyond` names the inputs that none of those had, for which the interval promises nothing."""
+    runs like those of the calibration. `beyond` names what none of those had of inputs, network, input size and classes, for which the
+    interval promises nothing."""
 
     drop: float
     low: float
@@ -166,13 +192,19 @@ def read_points() -> tuple[dict[str, Any], list[Point]]:
     return held, [Point(**point) for point in held["points"]]
 
 
+def calibrated_on() -> Network:
+    """The network of all committed records."""
+    known = read_points()[0]["calibrated_on"]
+    return Network(known["parameters"], tuple(known["input_size"]), known["classes"])
+
+
 @cache
 def calibration(images: str) -> Calibration:
     """The one of the committed records of students `trained_on` such images. Raises UsageError where they are too few."""
     return Calibration([p for p in read_points()[1] if p.images == images])
 
 
-def forecast(agreement: float, kl: float, bits: tuple[float, float], images: str) -> Forecast:
+def forecast(agreement: float, kl: float, bits: tuple[float, float], images: str, network: Network) -> Forecast:
     """The accuracy drop to expect of a student, of which no test image is known.
 
     Args:
@@ -180,11 +212,17 @@ def forecast(agreement: float, kl: float, bits: tuple[float, float], images: str
         kl: mean KL(teacher || student) at temperature 1 there, in nats (`held_out_kl`).
         bits: of weights and activations.
         images: what the student was trained on (`trained_on`).
+        network: the float one (`network_of`).
 
     Raises:
         UsageError: not calibrated: too few committed records of such students.
     """
-    return calibration(images).forecast(agreement, kl, bits)
+    found = calibration(images).forecast(agreement, kl, bits)
+    return replace(found, beyond=found.beyond + network.unlike(calibrated_on()))
+
+
+def _beyond(names: Sequence[str]) -> str:
+    return f"beyond the calibration ({', '.join(names)}): the interval promises nothing here"
 
 
 @dataclass(frozen=True)
@@ -210,7 +248,7 @@ class Outlook:
             f"  from agreement {100 * self.agreement:.2f} % and KL {self.kl:.3g} on held-out synthetic images; {self.calibration}",
         ]
         if f.beyond:
-            lines.append(f"  beyond the calibration ({', '.join(f.beyond)}): the interval promises nothing here")
+            lines.append(f"  {_beyond(f.beyond)}")
         if self.measured is not None:
             inside = "inside" if f.low <= self.measured <= f.high else "outside"
             lines.append(f"  measured on the test images: {self.measured:.2f} points, {inside} the interval")
@@ -218,12 +256,17 @@ class Outlook:
 
 
 def outlook(
-    agreement: float, kl: float, bits: tuple[float, float], images: str, measured: float | None = None
+    agreement: float,
+    kl: float,
+    bits: tuple[float, float],
+    images: str,
+    network: Network,
+    measured: float | None = None,
 ) -> Outlook:
     """Raises UsageError: not calibrated."""
     held, _ = read_points()
     about = f"{held['network']}: {calibration(images)}"
-    return Outlook(agreement, kl, *bits, images, forecast(agreement, kl, bits, images), about, measured)
+    return Outlook(agreement, kl, *bits, images, forecast(agreement, kl, bits, images, network), about, measured)
 
 
 @dataclass(frozen=True)
@@ -233,6 +276,7 @@ class Prior:
     Attributes:
         drop: their median. low, high: the least and the most of `runs` runs, between which another one of their kind lies with
             probability `level` = (runs - 1) / (runs + 1), the order of exchangeable draws.
+        network: of those runs. beyond: as `Forecast` has it.
     """
 
     drop: float
@@ -242,6 +286,7 @@ class Prior:
     runs: int
     network: str
     measured: float | None = None
+    beyond: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -249,15 +294,17 @@ class Prior:
     def __str__(self) -> str:
         text = (
             f"forecast before training: top-1 drops by {self.drop:.2f} points, {self.low:.2f} to {self.high:.2f} "
-            f"({self.level:.0%} interval; {self.runs} runs at these bits of {self.network}; of another network it promises nothing)"
+            f"({self.level:.0%} interval; {self.runs} runs at these bits of {self.network})"
         )
+        if self.beyond:
+            text += f"; {_beyond(self.beyond)}"
         if self.measured is None:
             return text
         inside = "inside" if self.low <= self.measured <= self.high else "outside"
         return f"{text}; measured {self.measured:.2f}, {inside}"
 
 
-def prior(bits: tuple[float, float], images: str, measured: float | None = None) -> Prior:
+def prior(bits: tuple[float, float], images: str, network: Network, measured: float | None = None) -> Prior:
     """Raises UsageError: fewer runs at these bits than LEAST_RECIPES, ablations (shorter runs) aside, or not calibrated."""
     held, _ = read_points()
     drops = sorted(
@@ -267,7 +314,8 @@ def prior(bits: tuple[float, float], images: str, measured: float | None = None)
     )
     if (n := len(drops)) < LEAST_RECIPES:
         raise UsageError(f"{n} committed runs at W{bits[0]:g}A{bits[1]:g}: too few for a forecast before training.")
-    return Prior(float(np.median(drops)), drops[0], drops[-1], (n - 1) / (n + 1), n, held["network"], measured)
+    beyond, middle = network.unlike(calibrated_on()), float(np.median(drops))
+    return Prior(middle, drops[0], drops[-1], (n - 1) / (n + 1), n, held["network"], measured, beyond)
 
 
 def of_subject(subject: Subject) -> Outlook:
@@ -280,7 +328,8 @@ def of_subject(subject: Subject) -> Outlook:
     measured = None if top1 is None or "float" not in known else known["float"] - top1
     bits = (quant.nominal_weight_bits, float(quant.act_bits))
     images = trained_on(subject.recipe.images.enabled)
-    return outlook(record["held_out_agreement"], record["held_out_kl"], bits, images, measured)
+    network = network_of(subject.teacher, subject.input_size)
+    return outlook(record["held_out_agreement"], record["held_out_kl"], bits, images, network, measured)
 
 
 def draw(result: Outlook, figure: Any) -> None:

@@ -13,6 +13,7 @@ from zsq_fast.analysis.losses import of_subject as losses_of
 from zsq_fast.analysis.subject import Subject
 from zsq_fast.errors import UsageError
 from zsq_fast.methods.cosine import NAMES, CosineMeter
+from zsq_fast.nn import quantized_weights
 
 COLOURS = {"ce-kl": "#c4371f", "fa-kl": "#0072b2", "ce-fa": "#e69f00"}
 
@@ -57,8 +58,47 @@ class GradientCosines:
         return "\n".join([*lines, *(f"{name:<28}" + "".join(map(text, values)) for name, values in rows)])
 
 
-def of_subject(subject: Subject) -> GradientCosines:
-    return gradient_cosines(subject.student, *losses_of(subject))
+def of_subject(subject: Subject, *, losses: tuple[str, ...] = ()) -> GradientCosines:
+    return gradient_cosines(subject.student, *losses_of(subject, names=losses))
+
+
+@dataclass(frozen=True)
+class CosineHistory:
+    """What a run recorded with --track-cosine.
+
+    Attributes:
+        layers: names of the quantized layers.
+        epochs: `{"epoch": index, "cosine": {pair: numbers}}` of each that measured any, the numbers as `CosineMeter.read` has them.
+    """
+
+    layers: list[str]
+    epochs: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        pairs = [pair for pair in COLOURS if any(pair in record["cosine"] for record in self.epochs)]
+        lines = [f"{'epoch':>6}{'batches':>9}" + "".join(f"{pair.upper():>8}" for pair in pairs)]
+        for record in self.epochs:
+            found = [record["cosine"].get(pair, {}) for pair in pairs]
+            totals = "".join(f"{'':>8}" if (v := f.get("total")) is None else f"{v:>+8.3f}" for f in found)
+            lines.append(f"{record['epoch'] + 1:>6}{max(f.get('batches', 0) for f in found):>9}{totals}")
+        return "\n".join(lines)
+
+
+def history_of_subject(subject: Subject) -> CosineHistory:
+    """Raises UsageError: the run did not track them."""
+    layers = [name.removesuffix(".weight") for name in quantized_weights(subject.student)]
+    return CosineHistory(layers, tracked(subject.history))
+
+
+def tracked(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The cosines in the records of epochs. Raises UsageError: there are none."""
+    found = [{"epoch": r["epoch"], "cosine": r["cosine"]} for r in history if r.get("cosine")]
+    if not found:
+        raise UsageError("the run recorded no gradient cosines; train it with --track-cosine N (Trainer: track_cosine)")
+    return found
 
 
 def gradient_cosines(
@@ -76,20 +116,21 @@ def gradient_cosines(
     if not batches or len(ordered) < 2:
         raise UsageError("gradient cosines need a batch and two losses at least")
     network = frozen_copy(student)
-    meter, seen = CosineMeter(network, ordered), []
+    meter = CosineMeter(network, ordered)
     for batch in batches:
         missing = [name for name in ordered if name not in batch.names]
         if missing:
             raise UsageError(f"the batches were made without the loss '{missing[0]}' ({', '.join(batch.names)})")
-        seen.append(meter.add(batch.values(network, ordered))[:, -1].tolist())
+        meter.add(batch.values(network, ordered))
     found = meter.read()
-    empty = dict.fromkeys(("total", "total_deviation", "weights", "weights_deviation"), None)
-    nothing = [None] * len(meter.layers)
+    nothing: dict[str, Any] = dict.fromkeys(("total", "total_deviation", "weights", "weights_deviation"), None)
+    nothing |= dict.fromkeys(("layers", "layers_deviation"), [None] * len(meter.layers))
+    nothing["per_batch"] = [None] * len(batches)
     pairs = {}
-    for pair, per_batch in zip(meter.pairs, zip(*seen, strict=True), strict=True):
-        numbers = {**empty, "layers": nothing, "layers_deviation": nothing, **found.get(pair, {})}
+    for pair in meter.pairs:
+        numbers = {**nothing, **found.get(pair, {})}
         numbers.pop("batches", None)
-        pairs[pair] = PairCosine([v if v == v else None for v in per_batch], **numbers)
+        pairs[pair] = PairCosine(**numbers)
     return GradientCosines(list(meter.layers), pairs)
 
 
@@ -120,12 +161,10 @@ def draw_history(history: Sequence[Mapping[str, Any]], figure: Any) -> None:
     Raises:
         UsageError: none of them holds cosines.
     """
-    tracked = [record for record in history if record.get("cosine")]
-    if not tracked:
-        raise UsageError("the run recorded no gradient cosines; train it with --track-cosine N (Trainer: track_cosine)")
+    records = tracked(history)
     axes = figure.subplots()
     for pair, colour in COLOURS.items():
-        points = [(r["epoch"] + 1, r["cosine"][pair]) for r in tracked if pair in r["cosine"]]
+        points = [(r["epoch"] + 1, r["cosine"][pair]) for r in records if pair in r["cosine"]]
         points = [(epoch, found) for epoch, found in points if found["total"] is not None]
         if not points:
             continue
@@ -139,3 +178,15 @@ def draw_history(history: Sequence[Mapping[str, Any]], figure: Any) -> None:
     axes.set_xlabel("epoch")
     axes.set_ylabel("cosine of the gradients")
     axes.legend(fontsize=8)
+
+
+def draw_tracked(result: CosineHistory, figure: Any) -> None:
+    """`draw_history`, and a point per measured step, spread evenly over its epoch."""
+    draw_history(result.epochs, figure)
+    (axes,) = figure.axes
+    for pair, colour in COLOURS.items():
+        each = [(r["epoch"], r["cosine"].get(pair, {}).get("per_batch", [])) for r in result.epochs]  # older runs: none
+        places = [
+            (epoch + (i + 1) / len(values), v) for epoch, values in each for i, v in enumerate(values) if v is not None
+        ]
+        axes.plot([x for x, _ in places], [y for _, y in places], ".", ms=3, alpha=0.5, color=colour)

@@ -122,12 +122,18 @@ def mean_losses(student: nn.Module, batches: Sequence[BatchLosses], names: Seque
     return total
 
 
-def of_subject(subject: Subject, batches: int | None = None) -> tuple[list[BatchLosses], tuple[str, ...]]:
-    """The losses on its first `batches` batches, all by default, and their names: "fa" where the network has feature points."""
-    spec = subject.recipe.student
-    names: tuple[str, ...] = ("ce", "kl", "fa")
-    try:
-        spec.feature_points or feature_points(subject.teacher, subject.input_size)
-    except UnsupportedModelError:
-        names = names[:2]
+def of_subject(
+    subject: Subject, batches: int | None = None, names: Sequence[str] = ()
+) -> tuple[list[BatchLosses], tuple[str, ...]]:
+    """The losses on its first `batches` batches, all by default, and their names: those given, or all, "fa" where the network has
+    feature points."""
+    spec, names = subject.recipe.student, tuple(names)
+    if not names:
+        names = ("ce", "kl", "fa")
+        try:
+            spec.feature_points or feature_points(subject.teacher, subject.input_size)
+        except UnsupportedModelError:
+            names = names[:2]
+    if batches is not None and batches < 1:
+        raise UsageError(f"the number of batches must be 1 at least, got {batches}")
     return [BatchLosses(subject.teacher, x, y, spec, names) for x, y in subject.batches[:batches]], names

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zsq_fast.analysis.curvature import Hessian, top_eigenvalues
 from zsq_fast.analysis.losses import TITLES, BatchLosses, frozen_copy, mean_losses
 from zsq_fast.analysis.losses import of_subject as losses_of
 from zsq_fast.analysis.subject import Subject
-from zsq_fast.errors import UsageError
+from zsq_fast.errors import UsageError, nearest
 from zsq_fast.methods.synthesis import derive_seed
 
 LEVELS = 12  # of a contour picture
 COLOURS = {"ce": "#c4371f", "kl": "#0072b2", "fa": "#2a8c4a"}
+RANDOM = "random"
+DIRECTIONS = (RANDOM, "eigenvectors")
 Direction = Mapping[str, Tensor]  # by parameter name; a parameter that is missing stays where it is
 
 
@@ -51,11 +54,38 @@ class Surface:
         return "\n".join([*lines, *rows])
 
 
-def of_subject(subject: Subject) -> Surface:
-    """On the first batch, 15 x 15 points along two random filter-normalised directions."""
-    directions = [filter_normalised(subject.student, number=number) for number in range(2)]
-    batches, names = losses_of(subject, 1)
-    return surface(subject.student, batches, directions, names, points=15)
+def of_subject(
+    subject: Subject,
+    *,
+    directions: str = RANDOM,
+    dimensions: int = 2,
+    points: int = 15,
+    span: float = 1.0,
+    losses: tuple[str, ...] = (),
+    hessian: str = "kl",
+    steps: int = 60,
+    seed: int = 0,
+    batches: int = 1,
+) -> Surface:
+    """On the first batches, all losses or those named, along `dimensions` directions.
+
+    Args:
+        directions: "random", filter-normalised, or "eigenvectors", those of the largest eigenvalues of the Hessian of the loss
+            `hessian`, found in at most `steps` Lanczos steps.
+    """
+    if directions not in DIRECTIONS:
+        raise UsageError(f"there are no directions '{directions}'.{nearest(directions, DIRECTIONS)}")
+    if dimensions not in (1, 2):
+        raise UsageError(f"a surface has 1 or 2 dimensions, got {dimensions}")
+    on, names = losses_of(subject, batches, losses)
+    options: dict[str, Any] = dict(span=span, points=points)
+    if directions == RANDOM:
+        along = [filter_normalised(subject.student, seed, number) for number in range(dimensions)]
+        return surface(subject.student, on, along, names, **options)
+    matrix = Hessian(subject.student, losses_of(subject, batches, (hessian,))[0], hessian)
+    top = top_eigenvalues(matrix, dimensions, max(steps, dimensions), seed=seed)
+    options["titles"] = [f"eigenvector of {hessian.upper()}, eigenvalue {value:.3g}" for value in top.values]
+    return surface(subject.student, on, [matrix.split(vector) for vector in top.vectors], names, **options)
 
 
 def filter_normalised(student: nn.Module, seed: int = 0, number: int = 0) -> dict[str, Tensor]:

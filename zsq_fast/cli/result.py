@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from zsq_fast.analysis.forecast import Prior, outlook, prior, trained_on
+from zsq_fast.analysis.forecast import Network, Prior, outlook, prior, trained_on
 from zsq_fast.cli.job import Job
 from zsq_fast.errors import BadFileError, UsageError
 from zsq_fast.methods import Recipe, Result, student_like
@@ -31,7 +31,7 @@ STAGES = {
 }
 
 
-def record(job: Job, recipe: Recipe, result: Result, student: Path) -> dict[str, Any]:
+def record(job: Job, recipe: Recipe, result: Result, student: Path, network: Network) -> dict[str, Any]:
     """The content of result.json; accuracies are top-1 percents and absent without test images. `held_out`: what the epoch was
     chosen by, of that epoch and of the last; `forecast` of the last epoch and `forecast_before` of the run, where they are
     calibrated; `best_on_test` only where every so-manieth epoch was measured."""
@@ -41,7 +41,7 @@ def record(job: Job, recipe: Recipe, result: Result, student: Path) -> dict[str,
         if result.chosen_epoch is not None and epoch is not None
     }
     top1 = {name: float(value) for name, value in result.evaluations.items()}
-    before = expectation(recipe, top1)
+    before = expectation(recipe, network, top1)
     first = recipe.schedule.warmup_epochs
     measured = [r["top1"] for r in result.history[first:] if r.get("top1") is not None] if job.eval_every else []
     return {
@@ -58,7 +58,7 @@ def record(job: Job, recipe: Recipe, result: Result, student: Path) -> dict[str,
         "best_on_test": max(measured, default=None),
         "chosen_epoch": result.chosen_epoch,
         "held_out": held_out,
-        "forecast": _forecast(recipe, held_out.get("last"), top1),
+        "forecast": _forecast(recipe, network, held_out.get("last"), top1),
         "forecast_before": None if before is None else {**before.to_dict(), "text": str(before)},
         "minutes": result.seconds / 60,
         "student": str(student.resolve()),
@@ -66,21 +66,23 @@ def record(job: Job, recipe: Recipe, result: Result, student: Path) -> dict[str,
     }
 
 
-def _forecast(recipe: Recipe, held_out: Mapping[str, float] | None, top1: Mapping[str, float]) -> dict[str, Any] | None:
+def _forecast(
+    recipe: Recipe, network: Network, held_out: Mapping[str, float] | None, top1: Mapping[str, float]
+) -> dict[str, Any] | None:
     """Of the last epoch's accuracy drop; None where nothing was held out or the forecast is not calibrated."""
     if held_out is None:
         return None
     try:
-        found = outlook(held_out["agreement"], held_out["kl"], *_kind(recipe), _drop(top1))
+        found = outlook(held_out["agreement"], held_out["kl"], *_kind(recipe), network, _drop(top1))
     except UsageError:
         return None
     return {**found.to_dict(), "text": str(found)}
 
 
-def expectation(recipe: Recipe, top1: Mapping[str, float] = {}) -> Prior | None:
+def expectation(recipe: Recipe, network: Network, top1: Mapping[str, float] = {}) -> Prior | None:
     """What is known of a run before it starts, beside what came out if that is known; None where nothing is."""
     try:
-        return prior(*_kind(recipe), _drop(top1)) if recipe.student.enabled else None
+        return prior(*_kind(recipe), network, _drop(top1)) if recipe.student.enabled else None
     except UsageError:
         return None
 
@@ -123,14 +125,16 @@ def size_text(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 50_000 else f"{count / 1e3:.2f} kB"
 
 
-def print_plan(job: Job, recipe: Recipe, summary: Summary, cost: Estimate, *, runs: int, as_json: bool) -> None:
+def print_plan(
+    job: Job, recipe: Recipe, summary: Summary, network: Network, cost: Estimate, *, runs: int, as_json: bool
+) -> None:
     """The resolved job and recipe, what of the network would be quantized, and what one run and all would take."""
     schedule = recipe.schedule
     plan: dict[str, Any] = {"job": asdict(job), "recipe": recipe.to_dict(), "network": summary.to_dict()}
     plan["generator_steps"], plan["student_steps"] = recipe.generator_steps, recipe.student_steps
     plan["estimate"] = {**cost.to_dict(), "runs": runs}
     plan["images"] = recipe.generator_steps * schedule.batch_size
-    before = expectation(recipe)
+    before = expectation(recipe, network)
     plan["forecast_before"] = None if before is None else before.to_dict()
     if as_json:
         print(json.dumps(plan, indent=1))

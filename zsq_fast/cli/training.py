@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zsq_fast.analysis.forecast import network_of
 from zsq_fast.cli.job import Job, evaluator, load
 from zsq_fast.cli.result import CHOSEN, RESULT, STUDENT, expectation, print_plan, record
 from zsq_fast.errors import Interrupted
@@ -40,7 +41,8 @@ def plan(job: Job, recipe: Recipe, teacher: nn.Module, *, runs: int = 1, as_json
     student = student_like(teacher, recipe, job.input_size)
     options: dict[str, Any] = dict(seed=job.seed, channels_last=job.channels_last, force=job.force)
     cost = estimate(teacher, recipe, input_size=job.input_size, **options)
-    print_plan(job, recipe, summarize(student), cost, runs=runs, as_json=as_json)
+    network = network_of(teacher, job.input_size)
+    print_plan(job, recipe, summarize(student), network, cost, runs=runs, as_json=as_json)
     return 0
 
 
@@ -71,7 +73,8 @@ def execute(run_dir: RunDir, job: Job, trainer: Trainer) -> dict[str, Any]:
     """Trains from the newest checkpoint (or the start) to the end, writes the students and result.json, returns its content."""
     trainer.run_dir = run_dir
     trainer.resume_hint = f"zsq-fast resume {run_dir.path}{' --allow-import' if job.allow_import else ''}"
-    if (before := expectation(trainer.recipe)) is not None:
+    network = network_of(trainer.synthesis.source, trainer.input_size)
+    if (before := expectation(trainer.recipe, network)) is not None:
         trainer.progress.message(str(before))
     log: Any = nullcontext()
     if job.tensorboard:
@@ -85,7 +88,7 @@ def execute(run_dir: RunDir, job: Job, trainer: Trainer) -> dict[str, Any]:
             if result.chosen_state is not None:
                 run_dir.save_tensors(CHOSEN, result.chosen_state, job.metadata(trainer.recipe))
             student = run_dir.save_tensors(STUDENT, result.student.state_dict(), job.metadata(trainer.recipe))
-            summary = record(job, trainer.recipe, result, student)
+            summary = record(job, trainer.recipe, result, student, network)
             run_dir.write_json(RESULT, summary)
             return summary
     except KeyboardInterrupt:  # the second Ctrl-C

@@ -30,6 +30,7 @@ class CosineMeter:
     Attributes:
         layers: names of the quantized layers, in the order of `zsq_fast.nn.quantized_weights`.
         pairs: names "a-b" of the pairs.
+        per_batch: the cosines `[pairs]` of all parameters, batch by batch; on the device, so that no step waits for them.
     """
 
     def __init__(self, student: nn.Module, names: Sequence[str]):
@@ -43,6 +44,7 @@ class CosineMeter:
         # Number, sum and sum of squares of the cosines per pair and place; the places are the layers, the weights, everything.
         shape = (3, len(self.pairs), len(rows) + 2)
         self.sums = torch.zeros(shape, dtype=torch.float64, device=self.parameters[0].device)
+        self.per_batch: list[Tensor] = []
 
     def add(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Count one batch: one backward pass per loss, the graph is used up, no `.grad` is touched.
@@ -67,19 +69,24 @@ class CosineMeter:
         defined = cosines.isfinite()
         counted = torch.where(defined, cosines, 0.0)
         self.sums += torch.stack([defined.to(counted.dtype), counted, counted.square()])
+        self.per_batch.append(cosines[:, -1])
         return cosines
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """Per pair: `batches`, the mean over them of `total` (all parameters), `weights` (all quantized ones) and `layers` (a list
-        like `layers`), and the sample deviation of each, `*_deviation`. What is not defined is None; nothing counted: empty."""
+        """Per pair: `batches`, `per_batch` (of all parameters), the mean over them of `total` (all parameters), `weights` (all quantized
+        ones) and `layers` (a list like `layers`), and the sample deviation of each, `*_deviation`. What is not defined is None; nothing
+        counted: empty."""
         count, total, squares = self.sums.cpu()
         mean = total / count
         deviation = ((squares - count * mean.square()).clamp(min=0) / (count - 1)).sqrt()
         found: dict[str, dict[str, Any]] = {}
-        for pair, n, *rows in zip(self.pairs, count.tolist(), mean.tolist(), deviation.tolist(), strict=True):
+        each = torch.stack(self.per_batch).T.tolist() if self.per_batch else [[]] * len(self.pairs)
+        parts = zip(self.pairs, each, count.tolist(), mean.tolist(), deviation.tolist(), strict=True)
+        for pair, values, n, *rows in parts:
             if not any(n):
                 continue
-            found[pair] = {"batches": int(max(n))}
+            per_batch = [v if math.isfinite(v) else None for v in values]
+            found[pair] = {"batches": int(max(n)), "per_batch": per_batch}
             for suffix, row in zip(("", "_deviation"), rows, strict=True):
                 *layers, weights, everything = (v if math.isfinite(v) else None for v in row)
                 found[pair] |= {f"total{suffix}": everything, f"weights{suffix}": weights, f"layers{suffix}": layers}
@@ -87,6 +94,15 @@ class CosineMeter:
 
     def reset(self) -> None:
         self.sums.zero_()
+        self.per_batch.clear()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        each = torch.stack(self.per_batch) if self.per_batch else self.sums.new_empty(0, len(self.pairs))
+        return {"sums": self.sums, "per_batch": each}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.sums.copy_(state["sums"])
+        self.per_batch = list(state.get("per_batch", self.sums[:0]).to(self.sums))  # older checkpoints hold none
 
 
 class CosineTracker:

@@ -423,7 +423,7 @@ class Trainer:
         if self._chosen is not None:
             groups["chosen"] = self._chosen
         if self.cosines is not None:
-            groups["cosines"] = {"sums": self.cosines.meter.sums}
+            groups["cosines"] = self.cosines.meter.state_dict()
         if self.updates is not None:
             groups["updates"] = self.updates.tensors()
         state = {
@@ -449,7 +449,7 @@ class Trainer:
             self.synthesis.held_out = HeldOut(self.synthesis, self.recipe.schedule.held_out, groups["held_out"])
         self._chosen = groups.get("chosen")
         if self.cosines is not None and "cosines" in groups:
-            self.cosines.meter.sums.copy_(groups["cosines"]["sums"])
+            self.cosines.meter.load_state_dict(groups["cosines"])
         if self.updates is not None:
             self.updates.load(groups.get("updates", {}))
         self.synthesis.seconds = state["synthesis_seconds"]
