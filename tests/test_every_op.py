@@ -4,6 +4,11 @@ stream, without waiting for the device, and beyond 2^31 elements."""
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +70,61 @@ def test_a_second_derivative_is_refused_not_zero(name, device):
     x = t["x"].requires_grad_()
     with pytest.raises(NotImplementedError, match=f"zsq::{name}_backward: no second derivative"):
         torch.autograd.grad(LOSSES[name](t, x), x, create_graph=True)
+
+
+VALUES = (
+    "test_ops_bn_act.py::test_values_masks_and_gradients",
+    "test_ops_bn_stats.py::test_values_and_gradient_of_the_sums",
+    "test_ops_bn_stats.py::test_statistics_loss_of_16_bit",
+    "test_ops_learned_step.py::test_values_and_gradients",
+    "test_ops_losses.py::test_alignment_values_and_gradients",
+    "test_ops_losses.py::test_distillation_values_and_gradients",
+    "test_ops_losses.py::test_perturb",
+    "test_optim.py::test_equals_the_reference",
+)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_lower_instruction_sets_agree_with_the_reference(isa):
+    """Forward and backward, in a process that must not use the newest instructions; the fake quantizers: test_ops_fake_quant.py."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", *VALUES]
+    environment = os.environ | {"ZSQ_CPU_ISA": isa, "CUDA_VISIBLE_DEVICES": ""}
+    # From here, not from the root: -m puts the working directory first, and the source tree there is not what is installed.
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def _state(t: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    x, lo, hi = t["x"] * 2, t["state_lo"] + 0, t["state_hi"] + 0
+    return [ops.fake_quant_act_running(x, lo, hi, t["beta_t"], 4) + 1, lo, hi, t["beta_t"]]
+
+
+def _inundate(t: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    w, g, v = ([t[f"gi_{kind}{i}"] for i in range(3)] for kind in "wgv")
+    options = {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4, "bits": 4, "threshold": 1e-2}
+    ops.gi_sgd_(w, [2 * each for each in g], v, t["kappa"], t["changed"], **options)
+    return [w[0] * 2, *w, *v, t["kappa"], t["changed"]]
+
+
+COMPILED: dict[str, Callable[[dict[str, torch.Tensor]], list[torch.Tensor]]] = {
+    "weight_codes": lambda t: [each * 2 for each in ops.weight_codes(t["w1"] * 2, 4)],
+    "fake_quant_act_running": _state,
+    "gi_sgd_": _inundate,
+    "spatial": lambda t: [ops.feature_alignment(t["x"] * 2, t["other"], "spatial") * 3],
+    "direct": lambda t: [ops.feature_alignment(t["x"] * 2, t["other"], "direct") * 3],
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_as_one_graph(name, device):
+    """Those that the tests of their own files do not compile; arguments updated in place included."""
+    results = []
+    for run in (COMPILED[name], torch.compile(COMPILED[name], fullgraph=True, backend="aot_eager")):
+        t = inputs(device)
+        leaves = [t[key].requires_grad_() for key in ("x", "other")] if name in ("spatial", "direct") else []
+        out = run(t)
+        results.append([*out, *(torch.autograd.grad(out[0], leaves) if leaves else ())])
+    assert equal(*results)
 
 
 @gpu

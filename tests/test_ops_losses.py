@@ -273,6 +273,19 @@ def test_perturb(shape, dtype, device):
         assert ops.sign_perturb(x, grad, 0.1).view(-1)[0].isnan()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_perturb_of_zeros(dtype, device):
+    """The sign of a zero is itself, so that -0 + epsilon * -0 stays -0, in the reference, too."""
+    values = torch.tensor([0.0, -0.0, 0.1, -0.1, 1.0, float("nan")], dtype=dtype, device=device)
+    x, grad = (t.flatten() for t in torch.meshgrid(values, values, indexing="ij"))
+    for epsilon in (0.1, -0.1, 0.0):
+        got, want = ops.sign_perturb(x, grad, epsilon), reference.sign_perturb(x, grad, epsilon)
+        same(got, want)
+        known = ~got.isnan()
+        assert torch.equal(got.signbit()[known], want.signbit()[known])
+    assert ops.sign_perturb(values[1], values[1], 0.1).signbit()
+
+
 @pytest.mark.parametrize("layout", ["slice", "offset", "channels_last", "transposed", "expanded"])
 def test_perturb_layouts(layout, device):
     g = torch.randn(6, 5, 3, 7, device=device)

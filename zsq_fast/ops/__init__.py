@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from zsq_fast import _build
@@ -37,23 +36,21 @@ __all__ = [
     "weight_codes",
 ]
 
-# Resolved once: an attribute chain through torch.ops costs as much as a small kernel.
-_zsq = torch.ops.zsq
-_bn_act_fake_quant = _zsq.bn_act_fake_quant.default
-_bn_eval_sums = _zsq.bn_eval_sums.default
-_bn_stats_loss = _zsq.bn_stats_loss.default
-_bn_stats_match = _zsq.bn_stats_match.default
-_distillation_loss = _zsq.distillation_loss.default
-_fake_quant_act = _zsq.fake_quant_act.default
-_fake_quant_act_clip = _zsq.fake_quant_act_clip.default
-_fake_quant_act_running = _zsq.fake_quant_act_running.default
-_fake_quant_learned = _zsq.fake_quant_learned.default
-_fake_quant_weight = _zsq.fake_quant_weight.default
-_fake_quant_weights = _zsq.fake_quant_weights.default
-_feature_alignment = _zsq.feature_alignment.default
-_gi_sgd_ = _zsq.gi_sgd_.default
-_sign_perturb = _zsq.sign_perturb.default
-_weight_codes = _zsq.weight_codes.default
+_bn_act_fake_quant = library.operation("bn_act_fake_quant")
+_bn_eval_sums = library.operation("bn_eval_sums")
+_bn_stats_loss = library.operation("bn_stats_loss")
+_bn_stats_match = library.operation("bn_stats_match")
+_distillation_loss = library.operation("distillation_loss")
+_fake_quant_act = library.operation("fake_quant_act")
+_fake_quant_act_clip = library.operation("fake_quant_act_clip")
+_fake_quant_act_running = library.operation("fake_quant_act_running")
+_fake_quant_learned = library.operation("fake_quant_learned")
+_fake_quant_weight = library.operation("fake_quant_weight")
+_fake_quant_weights = library.operation("fake_quant_weights")
+_feature_alignment = library.operation("feature_alignment")
+_gi_sgd_ = library.operation("gi_sgd_")
+_sign_perturb = library.operation("sign_perturb")
+_weight_codes = library.operation("weight_codes")
 
 
 def backends() -> dict[str, str]:
@@ -97,7 +94,11 @@ def fake_quant_weights(weights: Sequence[Tensor], bits: int) -> list[Tensor]:
         bits: 2 to 8, the same for all.
     """
     weights = list(weights)
-    return _fake_quant_weights(weights, bits) if weights else []  # without a tensor there is no device to dispatch to
+    if weights:
+        return _fake_quant_weights(weights, bits)
+    if not 2 <= bits <= 8:  # without a tensor there is no device to dispatch to, and no kernel to check
+        raise UsageError(f"fake_quant_weights: bits must be 2 to 8, got {bits}")
+    return []
 
 
 def weight_codes(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,6 +139,10 @@ def fake_quant_act_running(
         plain: False follows the published code, which feeds the bias-corrected value back into the average (it overshoots
             up to 4,000-fold and settles after about 175 updates); True is an ordinary bias-corrected moving average.
     """
+    if lo is hi or lo is beta_t or hi is beta_t:
+        raise UsageError("fake_quant_act_running: lo, hi and beta_t must be three tensors, got one twice")
+    if lo.requires_grad or hi.requires_grad or beta_t.requires_grad:
+        raise UsageError("fake_quant_act_running: lo, hi and beta_t are updated in place and must not require grad")
     return _fake_quant_act_running(x, lo, hi, beta_t, bits, decay, plain)
 
 
@@ -218,6 +223,8 @@ def bn_act_fake_quant(
         raise UsageError(f"bn_act_fake_quant: ste must be 'identity' or 'clip', got {ste!r}")
     if norm.running_mean is None or norm.running_var is None:
         raise UsageError("bn_act_fake_quant: norm keeps no running statistics (track_running_stats=False)")
+    if norm.training:
+        raise UsageError("bn_act_fake_quant: norm must be in eval mode, got training mode; call norm.eval()")
     out: Tensor = _bn_act_fake_quant(
         x,
         residual,
@@ -318,7 +325,10 @@ def gi_sgd_(
         search_steps: bisection steps, 0 to 5.
         capped: stop doubling at kappa = 128.
     """
+    weights, momenta = list(weights), list(momenta)
+    if len({id(t) for t in weights + momenta}) < len(weights) + len(momenta):
+        raise UsageError("gi_sgd_: weights and momenta must be different tensors, got one twice")
     _gi_sgd_(
-        list(weights), list(grads), list(momenta), kappa, changed, lr, momentum, nesterov, weight_decay, bits, threshold,
-        search_steps, capped,
+        weights, list(grads), momenta, kappa, changed, lr, momentum, nesterov, weight_decay, bits, threshold, search_steps,
+        capped,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zsq_fast import _build
 from zsq_fast.errors import MissingKernelsError
+from zsq_fast.ops.checks import check, check_types, map_shape, mask_shape, wide
 from zsq_fast.ops.schemas import NAMESPACE, SCHEMAS
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -30,15 +31,24 @@ def _missing(device: str, name: str, status: dict[str, Any]) -> Callable[..., An
     return run
 
 
-def _fakes() -> dict[str, Callable[..., Any]]:
-    def wide(x: Tensor) -> torch.dtype:
-        return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _checked(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake` behind the kernels' checks: the dispatcher takes it, too, where one tensor among real ones lies on `meta`."""
+    schema = getattr(torch.ops.zsq, name).default._schema
 
+    def run(*args: Any) -> Any:
+        check_types(name, schema, args)
+        check(name, {a.name: value for a, value in zip(schema.arguments, args, strict=True)})
+        return fake(*args)
+
+    return run
+
+
+def _fakes() -> dict[str, Callable[..., Any]]:
     def like(x: Tensor, *_: Any) -> Tensor:
         return torch.empty_like(x)
 
     def mask(x: Tensor) -> Tensor:
-        return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+        return x.new_empty(mask_shape(x), dtype=torch.uint8)
 
     def codes(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         of_rows = weight.new_empty(weight.shape[0], dtype=wide(weight))
@@ -67,10 +77,7 @@ def _fakes() -> dict[str, Callable[..., Any]]:
         return *scalars, student.new_empty(student.shape), student.new_empty(student.shape if both else 0)
 
     def alignment(student: Tensor, teacher: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-        n, c = student.shape[:2]
-        positions = student[0, 0].numel() if n and c else 0
-        shape = {"channel": (n, c), "spatial": (n, positions)}.get(kind, (0,))
-        maps = [student.new_empty(shape, dtype=wide(student)) for _ in range(2)]
+        maps = [student.new_empty(map_shape(student, kind), dtype=wide(student)) for _ in range(2)]
         return student.new_empty((), dtype=wide(student)), maps[0], maps[1]
 
     def alignment_backward(
@@ -118,7 +125,25 @@ def _register() -> None:
             for name in NAMES:
                 _library.impl(name, _missing(device, name, status), device.upper())
     for name, fake in _fakes().items():
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _checked(name, fake), lib=_library)
 
 
 _register()
+
+
+def operation(name: str) -> Callable[..., Any]:
+    """The operation, its arguments in the order of the schema. Resolved once: attributes of torch.ops cost as much as a small kernel."""
+    op = getattr(torch.ops.zsq, name).default
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():  # which follows a refusal into the handler below and stops there
+            return op(*args)
+        try:
+            return op(*args)
+        except (
+            RuntimeError
+        ):  # also what the dispatcher raises for a number where a tensor belongs, or a float for an int
+            check_types(name, op._schema, args)
+            raise
+
+    return call

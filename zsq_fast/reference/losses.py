@@ -75,6 +75,6 @@ def feature_alignment_backward(
 
 
 def sign_perturb(x: Tensor, grad: Tensor, epsilon: float) -> Tensor:
-    """`x + epsilon * sign(grad)` (HAST eq. 9, one fast-gradient-sign step); NaN in `grad` gives NaN."""
-    sign = torch.where(grad.isnan(), grad, torch.sign(grad))
+    """`x + epsilon * sign(grad)` (HAST eq. 9, one fast-gradient-sign step); NaN and zeros of either sign are their own signs."""
+    sign = torch.where(grad.isnan() | (grad == 0), grad, torch.sign(grad))
     return (wide(x) + epsilon * wide(sign)).to(x.dtype)
