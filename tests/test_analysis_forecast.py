@@ -10,9 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from report_support import overlapping
-from torch import nn
 
 from zsq_fast.analysis import forecast as module
 from zsq_fast.analysis.forecast import (
@@ -22,12 +20,10 @@ from zsq_fast.analysis.forecast import (
     Point,
     calibrated_on,
     draw,
-    network_of,
     outlook,
     read_points,
 )
 from zsq_fast.errors import UsageError
-from zsq_fast.models import load_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import forecast as program
@@ -121,14 +117,6 @@ def test_another_network_is_beyond_the_calibration(monkeypatch):
         text = f"beyond the calibration ({', '.join(names)}): the interval promises nothing here"
         assert text in str(before) and text in str(after) and str(before).count("\n") == 0
     assert module.forecast(0.1, p.kl, (8, 8), "optimised", other).beyond == ("agreement", "bits", *names)
-
-
-def test_a_network_is_known_by_its_sizes():
-    teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 7)).train()
-    before = {name: t.clone() for name, t in teacher.state_dict().items()}
-    assert network_of(teacher, (3, 8, 8)) == Network(3 * 4 * 9 + 4 + 8 + 4 * 36 * 7 + 7, (3, 8, 8), 7)
-    assert all(torch.equal(t, before[name]) for name, t in teacher.state_dict().items()) and teacher.training
-    assert network_of(load_model("resnet20_a", num_classes=10).model, (3, 32, 32)) == calibrated_on() == CIFAR
 
 
 @pytest.mark.parametrize("points", [made(9), made(30, recipes=4), []])

@@ -11,16 +11,18 @@ import pytest
 import torch
 from cli_support import assert_one_sentence, call, make_tiny, one_thread, schedule
 from test_analysis_forecast import made
+from torch import nn
 
 import zsq_fast as zsq
 from zsq_fast import analysis
 from zsq_fast.analysis import forecast
-from zsq_fast.analysis.forecast import Calibration, Network
+from zsq_fast.analysis.forecast import Calibration, Network, calibrated_on, network_of
 from zsq_fast.analysis.subject import load_subject
 from zsq_fast.cli.job import Job, load
 from zsq_fast.cli.result import STUDENT, load_student
 from zsq_fast.errors import UsageError
 from zsq_fast.methods.synthesis import Synthesis
+from zsq_fast.models import load_model
 from zsq_fast.runs import RunDir
 
 RUN = [
@@ -283,6 +285,14 @@ def test_the_forecast_as_a_gate(capsys, run, monkeypatch):
     code, out, err = analyze(capsys, run, "forecast", "--fail-above", drop + 99, "--no-pictures")
     assert code == 2 and "(network, input size, classes), which therefore is no gate" in assert_one_sentence(err)
     assert "beyond the calibration (network, input size, classes): the interval promises nothing" in out
+
+
+def test_a_network_is_known_by_its_sizes():
+    teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 7)).train()
+    before = {name: t.clone() for name, t in teacher.state_dict().items()}
+    assert network_of(teacher, (3, 8, 8)) == Network(3 * 4 * 9 + 4 + 8 + 4 * 36 * 7 + 7, (3, 8, 8), 7)
+    assert all(torch.equal(t, before[name]) for name, t in teacher.state_dict().items()) and teacher.training
+    assert network_of(load_model("resnet20_a", num_classes=10).model, (3, 32, 32)) == calibrated_on()
 
 
 def test_a_run_prints_its_forecast(capsys, tiny, tmp_path, monkeypatch):

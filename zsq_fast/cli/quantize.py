@@ -25,9 +25,14 @@ def make_parser() -> Parser:
         default=0,
         const=COSINE_EVERY,
         metavar="N",
-        help=f"record the cosines between the gradients of CE, KL and FA at every Nth step ({COSINE_EVERY})",
+        help=f"record the cosines between the gradients of CE, KL and FA at every Nth step ({COSINE_EVERY}), for "
+        "`analyze --what cosine_history`",
     )
-    add("--track-updates", action="store_true", help="record per epoch and layer which integer weights changed")
+    add(
+        "--track-updates",
+        action="store_true",
+        help="record how many codes changed per epoch and layer, for `analyze --what updates`",
+    )
     add("--tensorboard", action="store_true", help="write curves, synthetic images and histograms to DIR/tensorboard")
     add_job_options(parser, data="--eval-data", limit="--eval-limit")
     return parser
