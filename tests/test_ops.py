@@ -113,7 +113,9 @@ def test_sweep_of_weights(rows, cols, bits, scale, shift, double, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lo, hi", [(0.0, 3.0), (-1.3, 2.1), (0.5, 0.5), (0.0, 0.0), (-2.0, -1.0), (float("nan"), 1.0)])
+@pytest.mark.parametrize(
+    "lo, hi", [(0.0, 3.0), (-1.3, 2.1), (0.5, 0.5), (0.0, 0.0), (-2.0, -1.0), (2.0, -1.0), (float("nan"), 1.0)]
+)
 def test_act_values(dtype, lo, hi, device):
     x = torch.randn(3, 5, 7, 11, dtype=dtype, device=device) * 2
     x.view(-1)[:4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0], dtype=dtype)

@@ -139,7 +139,9 @@ def test_bits_do_not_depend_on_threads():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lo, hi", [(0.0, 3.0), (-1.3, 2.1), (0.5, 0.5), (0.0, 0.0), (-2.0, -1.0), (float("nan"), 1.0)])
+@pytest.mark.parametrize(
+    "lo, hi", [(0.0, 3.0), (-1.3, 2.1), (0.5, 0.5), (0.0, 0.0), (-2.0, -1.0), (2.0, -1.0), (float("nan"), 1.0)]
+)
 @pytest.mark.parametrize("shape", [(3, 5, 7, 11), (4,), (2049,), (40_001,)])
 def test_clip_values_and_gradient(dtype, lo, hi, shape, device):
     x, (lo_t, hi_t) = activation(shape, dtype, device), ends(dtype, device, lo, hi)

@@ -3,8 +3,9 @@
 Tensors are float32, float64, bfloat16 or float16 unless said otherwise. 16-bit tensors are computed in float32; their
 parameters, states and reduced results ("wide" below) are float32, those of float64 tensors float64.
 Gradients: the fake quantizers use the identity straight-through estimator of the GDFQ family unless told otherwise; ranges get none.
-Wrong dtypes, shapes, devices or bit widths raise `TypeError` or `ValueError` naming the op, the argument, and what came. A device
-without kernels raises `MissingKernelsError` with the reason and the command that builds them.
+Wrong types, dtypes, shapes, devices or bit widths raise `TypeError` or `ValueError` naming the op, the argument, and what came; what
+tensors hold is not looked at, except for targets on the CPU. A device without kernels raises `MissingKernelsError` with the reason
+and the command that builds them.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def fake_quant_act(x: Tensor, lo: Tensor, hi: Tensor, bits: int, ste: str = "ide
 
     Args:
         x: any shape.
-        lo, hi: range, one element each, wide, on the device of x; not read by the host on CUDA.
+        lo, hi: range, one element each, wide, on the device of x; not read by the host. Where hi - lo is below 1e-8, or negative,
+            1e-8 takes its place; NaN gives NaN.
         bits: 2 to 8.
         ste: straight-through estimator: "identity" (the papers) passes every gradient, "clip" only those of elements inside the
             code range, for which it keeps 1 bit per element.
@@ -135,7 +137,8 @@ def fake_quant_act_running(
 
     Args:
         x: any shape, not empty.
-        lo, hi, beta_t: state, one element each, wide, updated in place; beta_t starts at 1 and is the decay's running product.
+        lo, hi, beta_t: state, three tensors of one element each, wide, without gradient, updated in place; beta_t starts at 1 and
+            is the decay's running product (0 to 1, which is not checked).
         plain: False follows the published code, which feeds the bias-corrected value back into the average (it overshoots
             up to 4,000-fold and settles after about 175 updates); True is an ordinary bias-corrected moving average.
     """
@@ -161,7 +164,8 @@ def fake_quant_learned(x: Tensor, step: Tensor, code_min: int, code_max: int, gr
 
     Args:
         x: any shape.
-        step: units per code, positive, wide: one element, or `[x.shape[0]]`, one per output channel of a weight.
+        step: units per code, wide: one element, or `[x.shape[0]]`, one per output channel of a weight. To be kept positive, which is
+            not checked: the formula holds for a negative one, too; 0 gives 0, and NaN for an x of 0.
         code_min, code_max: end codes, e.g. -8 and 7, or 0 and 15.
         grad_factor: multiplies the gradient of the step (LSQ section 2.2: `1 / sqrt(numel * code_max)`).
     """
@@ -213,7 +217,7 @@ def bn_act_fake_quant(
 
     Args:
         x: `[N, C, ...]`.
-        norm: batch norm with running statistics.
+        norm: batch norm with running statistics, in eval mode.
         lo, hi: range, one element each, wide.
         activation: "relu", "relu6" or "none".
         residual: like x, added before the activation.
@@ -317,7 +321,7 @@ def gi_sgd_(
     Per tensor the step is amplified by kappa >= 1 so that about a share `threshold` of its integer codes changes.
 
     Args:
-        weights, momenta: float32 tensors `[C, ...]`, updated in place; momenta start at zero.
+        weights, momenta: float32 tensors `[C, ...]`, all different, updated in place; momenta start at zero.
         kappa: `[len(weights)]` float32, receives the amplification; NaN marks a tensor with a NaN or infinite step direction,
             which is left untouched.
         changed: `[len(weights)]` int64, receives the number of integer codes the step changed.
