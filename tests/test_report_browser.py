@@ -17,7 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_support import make_hostile, make_runs
+from cli_support import make_tiny, one_thread
+from report_support import HAST, make_hostile, make_runs, overlapping, quantize
+
+from zsq_fast.analysis import ANALYSES
+from zsq_fast.cli import analyze, main
 
 CHROMIUM = os.environ.get("ZSQ_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -48,6 +52,30 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     make_hostile(hostile)
     given = {"one": [ait], "two": [ait, hast], "hostile": [hostile, ait]}
     return {name: write_report(runs, root / f"{name}.html")[0] for name, runs in given.items()}
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """A page with everything that `zsq-fast analyze` made of a run, and the figures as they were drawn."""
+    from matplotlib.figure import Figure
+
+    from zsq_fast.report import write_report
+
+    figures: list[Any] = []
+
+    class Kept(Figure):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options)
+            figures.append(self)
+
+    root = tmp_path_factory.mktemp("analysed")
+    tiny = make_tiny(root)
+    run = quantize(tiny, root / "hast", "hast", *HAST, "--track-updates", "--eval-data", tiny.images)
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        patch.setattr(analyze, "figure_class", lambda: Kept)
+        words = ["analyze", str(run), "--allow-import", "--what", *ANALYSES, "--images", "8", "--batch-size", "8"]
+        assert main(words) == 0
+    return write_report([run], root / "analysed.html")[0], dict(zip(ANALYSES, figures, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +217,28 @@ def test_tabs_switch_with_mouse_and_keys(browser, pages):
             "8×4×3×3" in page.locator("#layers").inner_text()
             and "SQNR" not in page.locator("#layers thead:visible").inner_text()
         )
+
+
+@pytest.mark.parametrize("width", [1280, 375])
+def test_real_analyses(browser, analysed, artefacts, width):
+    with opened(browser, analysed[0], width) as page:
+        tabs = page.locator("#analyses [role=tab]")
+        assert tabs.count() == len(ANALYSES)
+        for tab in tabs.all():
+            tab.click()
+            name = tab.inner_text().lower().replace(" ", "-")
+            page.locator("#analyses").screenshot(path=artefacts / f"analysis-{name}-{width}.png")
+            picture = page.locator("#analyses img:visible")
+            assert picture.count() == 1 and picture.evaluate("e => e.complete && e.naturalWidth > 300")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            # A name has one line, however long its value.
+            heights = page.locator("#analyses .numbers th:visible").evaluate_all("all => all.map(e => e.clientHeight)")
+            assert heights and max(heights) < 40
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_no_text_of_a_picture_lies_on_another(analysed, name):
+    assert overlapping(analysed[1][name]) == []
 
 
 def test_everything_is_there_without_javascript(browser, pages):

@@ -136,6 +136,8 @@ def gradient_cosines(
 
 def draw(result: GradientCosines, figure: Any) -> None:
     """Per layer, with the deviation over the batches; the cosine of all parameters is a dashed line."""
+    figure.set_size_inches(max(7, 2 + 0.2 * len(result.layers)), 4.8)
+    figure.set_layout_engine("constrained")
     axes = figure.subplots()
     for pair, found in result.pairs.items():
         places = [(i, v) for i, v in enumerate(found.layers) if v is not None]

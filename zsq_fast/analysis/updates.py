@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -89,13 +90,20 @@ def draw(result: Updates, figure: Any) -> None:
             [100 * value if value > 0 else float("nan") for value in column] for column in zip(*rows, strict=True)
         ]
         known = [value for column in values for value in column if value == value]
-        norm = LogNorm(min(known), max(max(known), 1.01 * min(known))) if known else None
+        low = min(known, default=1.0)
+        high = max([1.01 * low, *known])
         extent = (first + 0.5, last + 1.5, len(values) - 0.5, -0.5)
-        image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest", norm=norm, extent=extent)
+        image = axes.imshow(
+            values, aspect="auto", cmap="viridis", interpolation="nearest", norm=LogNorm(low, high), extent=extent
+        )
         axes.set_title(text, loc="left", fontsize=10)
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        figure.colorbar(image, ax=axes, label="codes changed in an epoch, %")
+        if known:
+            bar = figure.colorbar(image, ax=axes, label="codes changed in an epoch, %", format="%.3g")
+            bar.ax.minorticks_off()
+            if high < 10 * low:  # hardly a power of ten lies between them
+                bar.set_ticks([low, math.sqrt(low * high), high])
     panels[0].set_yticks(
         range(len(result.layers)), [name.removesuffix(".weight") for name in result.layers], fontsize=7
     )
