@@ -23,7 +23,7 @@ VERBS = {
     "evaluate": ("zsq_fast.cli.evaluate", "accuracy of a run or a network on real test images"),
     "analyze": (
         "zsq_fast.cli.analyze",
-        "look into a finished run: layers, samples, updates, forecast of the accuracy drop",
+        "look into a finished run: layers, samples, gradients, curvature, loss surface, forecast of the accuracy drop",
     ),
     "watch": ("zsq_fast.cli.watch", "follow a run in the terminal, from another one"),
     "reproduce": ("zsq_fast.cli.reproduce", "train a row of a paper's table and set it beside the published number"),

@@ -58,6 +58,7 @@ class Known:
 KNOWN = {
     "forecast": Known("Forecast", "The drop expected from how student and float network differ on held-out synthetic images."),
     "cosine": Known("Gradient cosines", "Whether the losses pull the student the same way: 1 the same, 0 unrelated, −1 opposed."),
+    "cosine_history": Known("Gradient cosines while training", "The same at the measured steps, mean and deviation of every epoch."),
     "hessian": Known(
         "Curvature", "The smaller the Hessian's eigenvalues, the flatter the loss. Losses are without the recipe's factors."
     ),
