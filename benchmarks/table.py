@@ -355,11 +355,13 @@ def analyses() -> str:
 def _tracking(cost: Path, tracking: dict[str, Any]) -> list[str]:
     lines = ["", f"What tracking adds to the time of a student's step ([record](../benchmarks/results/{cost.name}); cosines every "
               f"{tracking['cosine_every']} steps, net updates every {tracking['updates_every']}; *again*: the same student without):", "",
-              "| recipe | step | again | cosines | net updates |", "|---|---:|---:|---:|---:|"]  # fmt: skip
+              "| recipe | step | again | cosines | net updates | their comparison alone |", "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
     of = {(row["recipe"], row["tracking"]): row for row in tracking["rows"]}
     for recipe in dict.fromkeys(row["recipe"] for row in tracking["rows"]):
         added = " | ".join(f"{of[recipe, t]['added_percent']:+.1f} %" for t in ("again", "cosine", "updates"))
-        lines.append(f"| {recipe} | {1000 * of[recipe, 'none']['seconds_per_step']:.0f} ms | {added} |")
+        alone = of[recipe, "updates"].get("alone_percent")
+        alone = "" if alone is None else f"+{alone:.3f} %"
+        lines.append(f"| {recipe} | {1000 * of[recipe, 'none']['seconds_per_step']:.0f} ms | {added} | {alone} |")
     return lines
 
 

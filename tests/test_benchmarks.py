@@ -110,6 +110,7 @@ def test_tracking_is_timed_against_the_same_student_without(recipe, monkeypatch)
     rows = tracking.measure(residual(), recipe, 2)
     assert [row["tracking"] for row in rows] == ["none", "again", "cosine", "updates"]
     assert rows[0]["added_percent"] == 0 and all(row["seconds_per_step"] > 0 for row in rows)
+    assert rows[3]["alone_percent"] > 0
     for clock in clocks:  # float, range calibration, the end
         assert len(clock.noted) == 3 and clock.noted[0] == 0 < clock.noted[1] < clock.trainer.state.seconds
     assert [clock.trainer.track_cosine for clock in clocks] == [0, 0, 1, 0] and len(observed) == 2
