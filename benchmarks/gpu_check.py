@@ -78,7 +78,18 @@ def steps(device: str, results: Path) -> list[Step]:
         str(ROOT / "tests" / f"test_{name}.py") for name in ("every_op", "optim", "losses", "nn", "methods", "env")
     ]
     if device == "cuda":  # whatever else has a device
-        more = ("resume", "learned_ranges", "rounding", "hast", "generators", "images", "mixed", "synq", "features")
+        more = (
+            "sweep",
+            "resume",
+            "learned_ranges",
+            "rounding",
+            "hast",
+            "generators",
+            "images",
+            "mixed",
+            "synq",
+            "features",
+        )
         tests += [str(ROOT / "tests" / f"test_{name}.py") for name in more]
     sanitizer = shutil.which("compute-sanitizer") or ""
     no_sanitizer = "" if sanitizer and device == "cuda" else "needs a GPU and compute-sanitizer on PATH"

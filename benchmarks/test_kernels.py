@@ -10,7 +10,7 @@ from benchmarks.cases import CASES
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("variant", ["kernel", "reference", "aten", "copy"])
+@pytest.mark.parametrize("variant", ["kernel", "reference", "aten", "compile", "copy"])
 @pytest.mark.parametrize("make", CASES, ids=range(len(CASES)))
 def test_kernel(benchmark, make, variant):
     case = make(DEVICE)
