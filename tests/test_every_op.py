@@ -4,6 +4,7 @@ stream, without waiting for the device, and beyond 2^31 elements."""
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import subprocess
 import sys
