@@ -70,7 +70,9 @@ def analysed(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
 
     root = tmp_path_factory.mktemp("analysed")
     tiny = make_tiny(root)
-    run = quantize(tiny, root / "hast", "hast", *HAST, "--track-updates", "--eval-data", tiny.images)
+    run = quantize(
+        tiny, root / "hast", "hast", *HAST, "--track-updates", "--track-cosine", "1", "--eval-data", tiny.images
+    )
     with pytest.MonkeyPatch.context() as patch, one_thread():
         patch.setattr(analyze, "figure_class", lambda: Kept)
         words = ["analyze", str(run), "--allow-import", "--what", *ANALYSES, "--images", "8", "--batch-size", "8"]
