@@ -37,7 +37,7 @@ def read(path: Path) -> tuple[str, dict[str, Any]]:
     found = {name: json.loads((path / "analysis" / f"{name}.json").read_text()) for name in ANALYSES}
     network = f"{result['model'].rpartition(':')[2]}_{result['recipe']}_w{quant['weight_bits']}a{quant['act_bits']}"
     name = f"analyses_{network}_seed{result['seed']}"
-    info = {key: run.info.get(key) for key in ("command", "commit", "started", "machine", "versions", "job")}
+    info = {key: _named(run.info.get(key)) for key in ("command", "commit", "started", "machine", "versions", "job")}
     held = {
         "what": "gradient cosines and changed codes of every epoch of a run, Hessian of its last student on held-out images",
         "run": info, "recipe": run.recipe, "results": result["top1"], "layers": found["updates"]["layers"],
@@ -46,6 +46,15 @@ def read(path: Path) -> tuple[str, dict[str, Any]]:
         "environment": record.environment(),
     }  # fmt: skip
     return name, held
+
+
+def _named(value: Any) -> Any:
+    """The same with files by their names: the folders of this machine say nothing to others."""
+    if isinstance(value, dict):
+        return {key: _named(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_named(part) for part in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 class Numbers(dict[str, Any]):

@@ -128,6 +128,8 @@ def test_analysed_runs_become_records_pictures_and_tables(capsys, monkeypatch, t
     arguments = [*map(str, runs), "--out", str(results), "--pictures", str(pictures)]
     monkeypatch.setattr(sys, "argv", ["analyses", *arguments])
     analyses.main()
+    for path in results.glob("analyses_*"):
+        assert str(tmp_path) not in path.read_text()  # folders of this machine
     rows = [
         {"recipe": "ait", "tracking": t, "seconds_per_step": 0.2, "added_percent": i}
         for i, t in enumerate(tracking.TRACKING)
