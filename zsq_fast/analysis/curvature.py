@@ -393,7 +393,7 @@ def draw(result: Curvature, figure: Any) -> None:
     drawn = bars.bar([name.upper() for name in names], [t.mean for t in traces], capsize=4,
                      yerr=[t.standard_error for t in traces], color=[COLOURS[name] for name in names])  # fmt: skip
     bars.bar_label(
-        drawn, [f"{t.mean:.3g}" for t in traces], padding=2
+        drawn, [f"{t.mean:.4g}" for t in traces], padding=2
     )  # a small one beside a large one is hardly a bar
     bars.margins(y=0.12)
     bars.set_title("trace", fontsize=10)
