@@ -60,10 +60,11 @@ template <class T>
 ZSQ_HD Grid<T> make_grid(T lo, T hi, int bits) {
   const T width = sub(hi, lo);
   const T half = T(1 << (bits - 1));
-  // Written so that a NaN width stays NaN: a NaN in the row must not turn into plausible numbers.
-  // Reciprocal times number, two roundings: what PyTorch computes for `number / tensor`, hence what the golden vectors
-  // hold.
-  const T scale = mul(quot(T(1), width < T(1e-8) ? T(1e-8) : width), T((1 << bits) - 1));
+  // Written so that a NaN width stays NaN, and that a range whose ends are swapped becomes one: neither may turn into
+  // plausible numbers. Reciprocal times number, two roundings: what PyTorch computes for `number / tensor`, hence what
+  // the golden vectors hold.
+  const T least = width < T(0) ? T(NAN) : T(1e-8);
+  const T scale = mul(quot(T(1), width < T(1e-8) ? least : width), T((1 << bits) - 1));
   return {scale, add(round_even(mul(scale, lo)), half), -half, half - 1};
 }
 
@@ -90,6 +91,12 @@ ZSQ_HD T fake_quant(T x, const Grid<T>& g) {
   return decode(encode(x, g), g);
 }
 
+// `beta_before` for `track`. A product that no decay has (outside [0, 1]) becomes NaN, and with it the range.
+template <class T>
+ZSQ_HD T checked_beta(T beta_before) {
+  return (beta_before >= T(0)) & (beta_before <= T(1)) ? beta_before : T(NAN);
+}
+
 // Running range of an activation (decay = 0.9). `beta_t` is the decay's running product after this update.
 // reference: the bias-corrected value is fed back as the state (the published code); plain: an EMA with the usual
 // correction. The range is undefined before the first update (beta_before == 1). 1 - decay is rounded in T, as in the
@@ -101,7 +108,12 @@ ZSQ_HD T track(T state, T seen, T beta_before, T beta_t, T decay, bool plain) {
   return quot(add(mul(decay, kept), mul(sub(T(1), decay), seen)), sub(T(1), beta_t));
 }
 
-// Learned step sizes (LSQ, Esser et al. 2020, eq. 1 to 3). NaN passes, as in `encode`.
+// Learned step sizes (LSQ, Esser et al. 2020, eq. 1 to 3). NaN passes, as in `encode`. A step that training has driven
+// to zero or below is none: NaN.
+template <class T>
+ZSQ_HD T checked_step(T step) {
+  return step > T(0) ? step : T(NAN);
+}
 template <class T>
 ZSQ_HD T clamp_code(T x, T code_min, T code_max) {
   const T above = code_min > x ? code_min : x;

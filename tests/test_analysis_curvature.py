@@ -31,8 +31,8 @@ def make(ranges: str = "minmax", count: int = 6) -> tuple[nn.Module, nn.Module, 
     student = zsq.convert(teacher, 3, 3, ema="plain", ranges=ranges, input_size=SIZE).eval()
     x = torch.randn(count, *SIZE, dtype=torch.float64)
     with torch.no_grad():
-        for p in student.parameters():
-            p += 0.1 * torch.randn_like(p)
+        for name, p in student.named_parameters():  # steps stay positive
+            p += 0.1 * torch.randn_like(p).abs() if name.endswith("step") else 0.1 * torch.randn_like(p)
     with zsq.nn.calibrating(student), torch.no_grad():
         student(x)
     zsq.nn.freeze_ranges(student)

@@ -95,7 +95,7 @@ def test_act(seeded: Kernels, n: int, dtype: torch.dtype) -> None:
     x = torch.randn(n, dtype=dtype)
     x[n // 3] = float("nan")
     for source in (x, shifted(x)):
-        for bits, lo, hi in ((4, 0.0, 1.5), (8, -1.0, 2.0), (2, 0.5, 0.5)):
+        for bits, lo, hi in ((4, 0.0, 1.5), (8, -1.0, 2.0), (2, 0.5, 0.5), (4, 2.0, -1.0)):
             ends = torch.tensor([[lo], [hi]], dtype=dtype)
             out = torch.full_like(source, 7.0)
             seeded("fake_quant_act", source, ends[0], ends[1], out, n, c.c_int(bits))

@@ -86,7 +86,7 @@ def activation(n: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("n", [1, 1023, 30_011])
 def test_act_of_16_bits(seeded: Kernels, n: int, dtype: torch.dtype) -> None:
-    for lo, hi in ((-1.3, 2.1), (0.0, 0.0), (float("nan"), 1.0)):
+    for lo, hi in ((-1.3, 2.1), (0.0, 0.0), (float("nan"), 1.0), (2.0, -1.0)):
         for x in (activation(n, dtype), shifted(activation(n, dtype))):
             ends = torch.tensor([[lo], [hi]])
             out = torch.full_like(x, 7.0)
@@ -112,10 +112,22 @@ def test_running_of_16_bits(seeded: Kernels, n: int, dtype: torch.dtype, plain: 
     assert got[0].isnan().all()
 
 
+@pytest.mark.parametrize("beta", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1023, 300_011])
+def test_running_after_a_product_that_no_decay_has(kernels: Kernels, n: int, dtype: torch.dtype, beta: float) -> None:
+    x = activation(n, dtype).nan_to_num(0.0, 1.0, -1.0)
+    state = [torch.tensor([v], dtype=wide(dtype)) for v in (-1.0, 1.0, beta)]
+    out = torch.full_like(x, 7.0)
+    scratch = kernels.workspace("running", x.element_size())
+    kernels("fake_quant_act_running", x, *state, out, n, c.c_int(4), 0.9, False, as_c(scratch))
+    assert out.isnan().all() and all(s.isnan() for s in state)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 7, 8, 2047, 2048, 2049, 30_011])
 def test_clip_and_masked(seeded: Kernels, n: int, dtype: torch.dtype) -> None:
-    for lo, hi in ((-1.3, 2.1), (0.0, 0.0), (float("nan"), 1.0)):
+    for lo, hi in ((-1.3, 2.1), (0.0, 0.0), (float("nan"), 1.0), (2.0, -1.0)):
         ends = torch.tensor([[lo], [hi]], dtype=wide(dtype))
         for x in (activation(n, dtype), shifted(activation(n, dtype))):
             grad = activation(n, dtype).flip(0)

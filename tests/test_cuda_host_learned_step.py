@@ -39,6 +39,8 @@ def test_learned(seeded: Kernels, shape: str, dtype: torch.dtype) -> None:
     check(seeded, shifted(grad), shifted(x), step)
     x[0, cols // 2], step[-1] = float("nan"), 0.0
     check(seeded, grad, x, step)
+    step[0] = -0.3
+    assert check(seeded, grad, x, step)[0].isnan()
 
 
 def test_bits_do_not_depend_on_order(kernels: Kernels) -> None:

@@ -15,7 +15,17 @@ from zsq_fast import ops, reference
 from zsq_fast.errors import UsageError
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SHAPES = [(4, 8, 6, 6), (3, 5, 7, 7), (9, 70), (2, 64, 1, 1), (3, 5, 11), (2, 3, 4, 5, 6), (1, 1), (2, 3, 90, 91)]
+SHAPES = [
+    (4, 8, 6, 6),
+    (3, 5, 7, 7),
+    (11, 16, 7, 7),
+    (9, 70),
+    (2, 64, 1, 1),
+    (3, 5, 11),
+    (2, 3, 4, 5, 6),
+    (1, 1),
+    (2, 3, 90, 91),
+]
 forward, backward = torch.ops.zsq.bn_act_fake_quant.default, torch.ops.zsq.bn_act_fake_quant_backward.default
 
 
@@ -378,15 +388,19 @@ def test_public_messages():
         ops.bn_act_fake_quant(torch.zeros(2, 3, 4, 4), nn.BatchNorm2d(3, track_running_stats=False), lo, hi, 4)
 
 
-# Runs of whole AVX-512 registers take a path of their own on the CPU; the last shape is also large enough to be written past the caches.
+# Runs of whole AVX-512 registers take a path of their own on the CPU, also those of small planes, which are one value after the other;
+# two shapes are large enough to be written past the caches.
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("shape", [(3, 5, 4, 4), (2, 16, 3, 5), (2, 32, 8, 8), (40, 64, 48, 48)])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 5, 4, 4), (2, 16, 3, 5), (2, 32, 8, 8), (24, 32, 7, 7), (40, 64, 48, 48), (240, 512, 7, 7), (300, 33, 5, 5)],
+)
 def test_whole_registers(shape, layout):
     channels = shape[1]
     parameters = [torch.randn(channels), torch.rand(channels) + 0.1, torch.randn(channels), torch.randn(channels)]
     lo, hi, threads = torch.tensor(-0.5), torch.tensor(2.5), torch.get_num_threads()
     for activation in ("none", "relu", "relu6"):
-        for bits in (4,) if shape[0] == 40 else (4, 5):
+        for bits in (4,) if shape[0] >= 40 else (4, 5):
             x, grad = (torch.randn(shape).mul_(3).contiguous(memory_format=layout) for _ in range(2))
             x[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -0.0])
             results = []
@@ -404,3 +418,4 @@ def test_whole_registers(shape, layout):
             wanted = reference.bn_act_fake_quant_backward(grad, want[1], x, *parameters[:3], 1e-5, True, True)
             for ours, theirs in zip(results[0][:4], (*want, *wanted[:2]), strict=True):
                 same(ours, theirs)
+            sums_agree(results[0][4:], grad, want[1], x, *parameters[:2], 1e-5)

@@ -84,6 +84,33 @@ def test_running_of_16_bits(plain, size, dtype, device):
 # ---- lists of weights --------------------------------------------------------------------------------------------------
 
 
+# ---- values that make no sense -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("size", [1, 33, 64, 70001])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_range_whose_ends_are_swapped_gives_nan(dtype, size, bits, device):
+    x, swapped = torch.randn(size, dtype=dtype, device=device), ends(dtype, device, 1.5, -1.0)
+    assert ops.fake_quant_act(x, *swapped, bits).isnan().all()
+    out, mask = zsq.fake_quant_act_clip(x, *swapped, bits)
+    assert out.isnan().all() and not mask.any()
+    norm = torch.nn.BatchNorm2d(1).eval().to(device, wide(dtype))
+    assert ops.bn_act_fake_quant(x.view(1, 1, 1, -1), norm, *swapped, bits).isnan().all()
+    same(ops.fake_quant_act(x, *swapped, bits), reference.fake_quant_act(x, *swapped, bits))
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.5, float("inf"), float("nan")])
+@pytest.mark.parametrize("size", [33, 70001])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_that_no_decay_has_gives_nan(dtype, size, beta, device):
+    x = torch.randn(size, device=device).to(dtype)
+    for update in (ops.fake_quant_act_running, reference.fake_quant_act_running):
+        state = [torch.tensor(v, dtype=wide(dtype), device=device) for v in (-1.0, 1.0, beta)]
+        assert update(x, *state, 4, 0.9, False).isnan().all()
+        assert all(s.isnan() for s in state)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_values(dtype, device):
     weights = [degenerate(shape, torch.float64, device).to(dtype) for shape in SHAPES for _ in range(2)]

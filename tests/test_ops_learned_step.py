@@ -57,10 +57,19 @@ def test_values_and_gradients(shape, dtype, device):
 @pytest.mark.parametrize("value", [0.0, -0.5, float("nan"), float("inf"), 1e-45, 3e38])
 def test_odd_steps(value, device):
     x, step = awkward((4, 50), torch.float32, device), torch.tensor([value], device=device)
-    same(ops.fake_quant_learned(x, step, -8, 7), reference.fake_quant_learned(x, step, -8, 7, 1.0))
+    got = ops.fake_quant_learned(x, step, -8, 7)
+    same(got, reference.fake_quant_learned(x, step, -8, 7, 1.0))
+    assert value > 0 or got.isnan().all()
     same(backward(x, x, step, -8, 7, 1.0)[0], reference.fake_quant_learned_backward(x, x, step, -8, 7, 1.0)[0])
-    if value != value:
-        assert ops.fake_quant_learned(x, step, -8, 7).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_without_a_step_is_nan_and_no_other(dtype, device):
+    x, g = (torch.randn(4, 50, dtype=dtype, device=device) for _ in range(2))
+    step = torch.tensor([0.3, 0.0, -0.3, 0.2], dtype=wide(dtype), device=device)
+    rows = torch.tensor([False, True, True, False], device=device)
+    assert ops.fake_quant_learned(x, step, -8, 7).isnan().equal(rows[:, None].expand(4, 50))
+    assert backward(g, x, step, -8, 7, 1.0)[1].isnan().equal(rows)
 
 
 def test_ties_go_to_even(device):

@@ -52,12 +52,18 @@ class Buffer {
   // step would cost more in page faults than the arithmetic.
   T* grow(int64_t n) {
     if (n > size_) {
-      std::free(data_);
+      shrink(0);
       data_ = static_cast<T*>(std::malloc(size_t(n) * sizeof(T)));
       if (!data_) throw std::bad_alloc();
       size_ = n;
     }
     return data_;
+  }
+  // Gives the memory back if it is more than that.
+  void shrink(int64_t n) {
+    if (size_ <= n) return;
+    std::free(data_);
+    data_ = nullptr, size_ = 0;
   }
 
  private:

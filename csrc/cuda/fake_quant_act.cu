@@ -105,9 +105,9 @@ struct RunningRange {
   __device__ __forceinline__ RangeState<T> get() const { return {*lo, *hi, *beta_t}; }
   __device__ __forceinline__ void put(const RangeState<T>& s) const { *lo = s.lo, *hi = s.hi, *beta_t = s.beta_t; }
   __device__ __forceinline__ RangeState<T> after(const RangeState<T>& was, const Range<T>& seen) const {
-    const T beta = mul(was.beta_t, decay);
-    return {track(was.lo, seen.lo, was.beta_t, beta, decay, plain),
-            track(was.hi, seen.hi, was.beta_t, beta, decay, plain), beta};
+    const T before = checked_beta(was.beta_t), beta = mul(before, decay);
+    return {track(was.lo, seen.lo, before, beta, decay, plain), track(was.hi, seen.hi, before, beta, decay, plain),
+            beta};
   }
 };
 

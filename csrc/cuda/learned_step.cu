@@ -16,7 +16,9 @@ struct Quantize {
   const Wide<T>* step;
   int64_t rows, cols;
   Wide<T> code_min, code_max;
-  __device__ __forceinline__ Wide<T> at(int64_t first) const { return step[rows == 1 ? 0 : first / cols]; }
+  __device__ __forceinline__ Wide<T> at(int64_t first) const {
+    return checked_step(step[rows == 1 ? 0 : first / cols]);
+  }
   __device__ __forceinline__ Wide<T> value(Wide<T> s, int, const Wide<T> (&v)[1]) const {
     return learned_value(v[0], s, code_min, code_max);
   }
@@ -58,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const BackwardArgs<T
   const int64_t end = begin + a.slices.cols < a.cols ? begin + a.slices.cols : a.cols;
   double sum[1] = {};
   if (row < a.rows) {
-    const Wide<T> s = a.step[row];
+    const Wide<T> s = checked_step(a.step[row]);
     const Vec<T, V>* grad = reinterpret_cast<const Vec<T, V>*>(a.grad + row * a.cols);
     const Vec<T, V>* x = reinterpret_cast<const Vec<T, V>*>(a.x + row * a.cols);
     Vec<T, V>* out = reinterpret_cast<Vec<T, V>*>(a.grad_x + row * a.cols);

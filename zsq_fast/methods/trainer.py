@@ -214,7 +214,7 @@ class Trainer:
         for optimizer in self.optimizers:  # plain SGD first, then inundation (ait_family.md 7.2)
             optimizer.step()
         if self.learned:
-            with torch.no_grad():  # a step below 0 would mirror the codes
+            with torch.no_grad():  # below 0 there is no grid, only NaN
                 torch._foreach_clamp_min_(self.learned, SMALLEST_STEP)
         self.meters.add(student_loss=loss, agreement=agreement)
         if self.inundated:

@@ -202,7 +202,8 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
 def _plain_learned(module: _Ranged, x: Tensor, codes: tuple[int, int], sharing: int) -> Tensor:
     """`_Ranged._learned` by operations that PyTorch can differentiate twice."""
     assert module.step is not None
-    step = module.step.view([-1] + [1] * (x.dim() - 1)) if module.step.numel() > 1 else module.step
+    step = torch.where(module.step > 0, module.step, torch.nan)
+    step = step.view([-1] + [1] * (x.dim() - 1)) if step.numel() > 1 else step
     position = (x / step).detach()
     inside = (position >= codes[0]) & (position <= codes[1])
     slope = (
@@ -282,9 +283,11 @@ class QuantAct(_Ranged):
     def grid(self) -> tuple[Tensor, Tensor]:
         """Codes per unit and the lowest code, `[]` each: the values that come out are `(lowest + i) / per_unit`, i from 0 to 2^bits - 1."""
         if self.learns:
-            return self.step.detach().reciprocal(), self.lo.new_tensor(self.codes[0])  # type: ignore[union-attr]
-        per_unit = (self.hi - self.lo).clamp(min=SMALLEST_STEP).reciprocal() * (2**self.bits - 1)
-        return per_unit, (per_unit * self.lo).round()
+            step = self.step.detach()  # type: ignore[union-attr]
+            return torch.where(step > 0, step, torch.nan).reciprocal(), self.lo.new_tensor(self.codes[0])
+        lo = torch.where(self.hi < self.lo, torch.nan, self.lo)
+        per_unit = (self.hi - lo).clamp(min=SMALLEST_STEP).reciprocal() * (2**self.bits - 1)
+        return per_unit, (per_unit * lo).round()
 
     def _choose_codes(self) -> None:
         if self.step is not None:  # the host reads the range: when it is frozen or loaded, not in a forward

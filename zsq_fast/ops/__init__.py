@@ -4,7 +4,8 @@ Tensors are float32, float64, bfloat16 or float16 unless said otherwise. 16-bit 
 parameters, states and reduced results ("wide" below) are float32, those of float64 tensors float64.
 Gradients: the fake quantizers use the identity straight-through estimator of the GDFQ family unless told otherwise; ranges get none.
 Wrong types, dtypes, shapes, devices or bit widths raise `TypeError` or `ValueError` naming the op, the argument, and what came; what
-tensors hold is not looked at, except for targets on the CPU. A device without kernels raises `MissingKernelsError` with the reason
+tensors hold is not looked at, except for targets on the CPU: a value that makes no sense (a range whose end lies before its start, a
+step of zero) gives NaN, on every device. A device without kernels raises `MissingKernelsError` with the reason
 and the command that builds them.
 """
 
@@ -117,8 +118,8 @@ def fake_quant_act(x: Tensor, lo: Tensor, hi: Tensor, bits: int, ste: str = "ide
 
     Args:
         x: any shape.
-        lo, hi: range, one element each, wide, on the device of x; not read by the host. Where hi - lo is below 1e-8, or negative,
-            1e-8 takes its place; NaN gives NaN.
+        lo, hi: range, one element each, wide, on the device of x; not read by the host. Where hi - lo is below 1e-8, that takes its
+            place; a NaN, or hi below lo, gives NaN everywhere.
         bits: 2 to 8.
         ste: straight-through estimator: "identity" (the papers) passes every gradient, "clip" only those of elements inside the
             code range, for which it keeps 1 bit per element.
@@ -138,7 +139,7 @@ def fake_quant_act_running(
     Args:
         x: any shape, not empty.
         lo, hi, beta_t: state, three tensors of one element each, wide, without gradient, updated in place; beta_t starts at 1 and
-            is the decay's running product (0 to 1, which is not checked).
+            is the decay's running product; outside [0, 1] it, the range and the result become NaN.
         plain: False follows the published code, which feeds the bias-corrected value back into the average (it overshoots
             up to 4,000-fold and settles after about 175 updates); True is an ordinary bias-corrected moving average.
     """
@@ -164,8 +165,8 @@ def fake_quant_learned(x: Tensor, step: Tensor, code_min: int, code_max: int, gr
 
     Args:
         x: any shape.
-        step: units per code, wide: one element, or `[x.shape[0]]`, one per output channel of a weight. To be kept positive, which is
-            not checked: the formula holds for a negative one, too; 0 gives 0, and NaN for an x of 0.
+        step: units per code, wide: one element, or `[x.shape[0]]`, one per output channel of a weight. Where it is not
+            positive, the result and the step's gradient are NaN.
         code_min, code_max: end codes, e.g. -8 and 7, or 0 and 15.
         grad_factor: multiplies the gradient of the step (LSQ section 2.2: `1 / sqrt(numel * code_max)`).
     """

@@ -15,6 +15,12 @@ def grid(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return scale, torch.round(scale * lo) + 2 ** (bits - 1)
 
 
+def given_grid(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`grid` over a range that somebody gave, of one element each: where its ends are swapped, it is NaN."""
+    lo, hi = lo.reshape(()), hi.reshape(())
+    return grid(torch.where(hi < lo, torch.nan, lo), hi, bits)
+
+
 def encode(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     half = 2 ** (bits - 1)
     return torch.clamp(torch.round(scale * x - zero_point), -half, half - 1)
@@ -48,7 +54,7 @@ def weight_codes(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fake_quant_act(x: Tensor, lo: Tensor, hi: Tensor, bits: int) -> Tensor:
-    scale, zero_point = grid(lo.reshape(()), hi.reshape(()), bits)
+    scale, zero_point = given_grid(lo, hi, bits)
     return ((encode(wide(x), scale, zero_point, bits) + zero_point) / scale).to(x.dtype)
 
 
@@ -58,7 +64,7 @@ def fake_quant_act_clip(x: Tensor, lo: Tensor, hi: Tensor, bits: int) -> tuple[T
 
 def not_clamped(x: Tensor, lo: Tensor, hi: Tensor, bits: int) -> Tensor:
     """Where the code before clamping lies in the code range; NaN does not."""
-    scale, zero_point = grid(lo.reshape(()), hi.reshape(()), bits)
+    scale, zero_point = given_grid(lo, hi, bits)
     code, half = torch.round(scale * x - zero_point), 2 ** (bits - 1)
     return (code >= -half) & (code <= half - 1)
 
@@ -70,6 +76,7 @@ def masked(grad: Tensor, mask: Tensor) -> Tensor:
 def fake_quant_act_running(
     x: Tensor, lo: Tensor, hi: Tensor, beta_t: Tensor, bits: int, decay: float, plain: bool
 ) -> Tensor:
+    beta_t.copy_(torch.where((beta_t >= 0) & (beta_t <= 1), beta_t, torch.nan))  # no decay's product
     first, one_minus_before = beta_t == 1, 1 - beta_t
     beta = torch.full_like(beta_t, decay)  # the published code keeps it in a tensor: 1 - beta is rounded in that dtype
     beta_t.mul_(beta)

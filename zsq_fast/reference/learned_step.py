@@ -9,6 +9,7 @@ from zsq_fast.reference.number import wide
 
 
 def _steps(x: Tensor, step: Tensor) -> Tensor:
+    step = torch.where(step > 0, step, torch.nan)
     return step.view([-1] + [1] * (x.dim() - 1)) if step.numel() > 1 else step.reshape(())
 
 
