@@ -1,6 +1,7 @@
 """Time every kernel against plain PyTorch, PyTorch's own operations, torch.compile and a copy: one process, taking turns.
 
-    python -m benchmarks [--rounds N] [--only WORDS] [--layers | --large] [--cold] [--memory M] [--device D] [--json FILE] [--gate]
+    python -m benchmarks [--only WORDS] [--layers | --large] [--rounds N] [--seconds S] [--cold] [--memory M] [--device D]
+                         [--json FILE] [--gate]
 
 Every timed call follows an untimed one of the same variant (hot caches) or 256 MB of other data (`--cold`).
 Ratios are of the fastest rounds; only they carry over from a busy machine, absolute times do not.
@@ -63,17 +64,25 @@ def settle_malloc(keep: bool) -> None:
         raise SystemExit("this C library's malloc cannot be told when to keep memory: only --device cuda works here")
 
 
-def measure(case: Case, rounds: int, device: str, cold: bool, fresh: bool, before: Samples | None = None) -> Samples:
+def measure(
+    case: Case,
+    rounds: int,
+    device: str,
+    cold: bool,
+    fresh: bool,
+    least: float = LEAST_SECONDS,
+    before: Samples | None = None,
+) -> Samples:
     """Seconds of every round of every variant, the variants taking turns after three rounds of warming up; `before`, and these after it.
 
-    Until a second has passed there are more rounds than asked for: the fastest of a few calls of 30 us is an accident. Every
+    Until `least` seconds have passed there are more rounds than asked for: the fastest of a few calls of 30 us is an accident. Every
     timed call follows one of the same variant, which leaves in the caches what fits there, or, cold, 256 MB of other data.
     """
     seconds, spoil = timer(device), torch.ones(1 << 26, device=device) if cold else None
     samples: Samples = {name: list((before or {}).get(name, ())) for name in case.variants}
     started = time.perf_counter()
     for i in itertools.count(-3):
-        if i >= rounds and (time.perf_counter() - started > LEAST_SECONDS or i >= MOST_ROUNDS):
+        if i >= rounds and (time.perf_counter() - started > least or i >= MOST_ROUNDS):
             return samples
         for name, run in case.variants.items():
             case.before()
@@ -120,6 +129,9 @@ def below_gate(result: dict[str, Any]) -> list[str]:
 def main() -> int:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--rounds", type=int, default=15, help="at least")
+    ap.add_argument(
+        "--seconds", type=float, default=LEAST_SECONDS, help=f"of every case, at least, or {MOST_ROUNDS} rounds"
+    )
     ap.add_argument("--only", help="cases whose name contains this")
     ap.add_argument("--layers", action="store_true", help="layer shapes of real networks instead of the gated cases")
     ap.add_argument(
@@ -145,7 +157,7 @@ def main() -> int:
     if args.device == "cpu" and args.memory != "default":
         settle_malloc(args.memory == "kept")
     if args.layers:
-        cases = layer_cases(args.device)
+        cases = (make(args.device) for make in layer_cases())
     else:
         cases = gpu_cases(args.device) if args.large else (make(args.device) for make in CASES)
     results, failed = [], []
@@ -155,13 +167,14 @@ def main() -> int:
             continue
         if args.no_compile:
             case.variants.pop("compile", None), case.gates.pop("compile", None)
-        samples = measure(case, args.rounds, args.device, args.cold, args.memory == "fresh")
+        torch.compiler.reset()  # else the tenth shape of a function would be one too many
+        samples = measure(case, args.rounds, args.device, args.cold, args.memory == "fresh", args.seconds)
         result = row(case, samples)
         for _ in range(PATIENCE if args.gate else 0):
             if not below_gate(result):
                 break
             time.sleep(PAUSE)
-            samples = measure(case, args.rounds, args.device, args.cold, args.memory == "fresh", samples)
+            samples = measure(case, args.rounds, args.device, args.cold, args.memory == "fresh", args.seconds, samples)
             result = row(case, samples)
         ratios = "".join(f"{result['ratios'].get(name, float('nan')):10.1f}x" for name in OTHERS).replace(
             "nanx", "  - "

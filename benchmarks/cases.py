@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zsq_fast as zsq
+from benchmarks.shapes import ACTIVATIONS, LOGITS, NETWORKS, WEIGHTS, Shape
 from zsq_fast import reference
 from zsq_fast.models.resnet_cifar import ResNetCifar
 
@@ -57,7 +59,7 @@ def gradients(loss: Callable[..., Tensor], inputs: list[Tensor], outgoing: Tenso
     return lambda: torch.autograd.grad(loss(), inputs, outgoing)
 
 
-def weight_case(device: str, shape: tuple[int, ...] = (512, 512, 3, 3), where: str = "") -> Case:
+def weight_case(device: str, shape: Shape = (512, 512, 3, 3), where: str = "") -> Case:
     w = torch.randn(shape, device=device)
     spare = torch.empty_like(w)
     rows = w.flatten(1)
@@ -79,9 +81,12 @@ def weight_case(device: str, shape: tuple[int, ...] = (512, 512, 3, 3), where: s
     )
 
 
-def network_weights_case(device: str) -> Case:
-    net = ResNetCifar(shortcut="B").to(device)
-    weights = [m.weight.detach() for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+def network_weights_case(device: str, network: str = "ResNet-20") -> Case:
+    if network == "ResNet-20":
+        layers = [m for m in ResNetCifar(shortcut="B").modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        weights = [m.weight.detach().to(device) for m in layers]
+    else:
+        weights = [torch.randn(shape, device=device) * 0.02 for shape in NETWORKS[network]]
     spares = [torch.empty_like(w) for w in weights]
     scales = [((w.flatten(1).amax(1) - w.flatten(1).amin(1)) / 15).clamp(min=1e-8) for w in weights]
     zeros = [torch.zeros_like(scale) for scale in scales]
@@ -91,7 +96,7 @@ def network_weights_case(device: str) -> Case:
         return [torch.fake_quantize_per_channel_affine(w, scale, zero, 0, -8, 7) for w, scale, zero in found]
 
     return Case(
-        f"{len(weights)} ResNet-20 weights in one call",
+        f"{len(weights)} {network} weights in one call",
         8 * sum(w.numel() for w in weights),
         8 * sum(w.numel() for w in weights),
         {
@@ -109,7 +114,7 @@ BATCH_200 = (200, 64, 32, 32)  # 52 MB
 
 
 def _activation(
-    device: str, shape: tuple[int, ...] = BATCH_200, dtype: torch.dtype = torch.float32
+    device: str, shape: Shape = BATCH_200, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.randn(shape, device=device).relu().to(dtype)
     return x, torch.tensor(0.0, device=device), torch.tensor(3.0, device=device)
@@ -122,9 +127,7 @@ def _what(x: Tensor, where: str = "") -> str:
     return name + (", channels_last" if not x.is_contiguous() else "")
 
 
-def act_case(
-    device: str, shape: tuple[int, ...] = BATCH_200, where: str = "", dtype: torch.dtype = torch.float32
-) -> Case:
+def act_case(device: str, shape: Shape = BATCH_200, where: str = "", dtype: torch.dtype = torch.float32) -> Case:
     x, lo, hi = _activation(device, shape, dtype)
     spare = torch.empty_like(x)
     return Case(
@@ -143,41 +146,47 @@ def act_case(
     )
 
 
-def running_case(device: str) -> Case:
-    x, *_ = _activation(device)
+def running_case(device: str, shape: Shape = BATCH_200, where: str = "") -> Case:
+    x, *_ = _activation(device, shape)
     spare = torch.empty_like(x)
-    states = [[torch.tensor(v, device=device) for v in (0.0, 3.0, 0.5)] for _ in range(2)]
+    states = [[torch.tensor(v, device=device) for v in (0.0, 3.0, 0.5)] for _ in range(3)]
     return Case(
-        "activation fake quantization, running range, 52 MB",
+        f"activation fake quantization, running range, {_what(x, where)}",
         12 * x.numel(),
         8 * x.numel(),
         {
             "kernel": lambda: zsq.ops.fake_quant_act_running(x, *states[0], 4),
             "reference": lambda: reference.fake_quant_act_running(x, *states[1], 4, 0.9, False),
+            "compile": compiled(reference.fake_quant_act_running, x, *states[2], 4, 0.9, False),
             "copy": lambda: spare.copy_(x),
         },
     )
 
 
-def clip_case(device: str) -> Case:
-    x, lo, hi = _activation(device)
+def clip_case(device: str, shape: Shape = BATCH_200, where: str = "") -> Case:
+    x, lo, hi = _activation(device, shape)
     x.requires_grad_()
-    g, spare = torch.randn_like(x), torch.empty_like(x)
+    g, spare, fixed = torch.randn_like(x), torch.empty_like(x), x.detach()
+
+    def theirs(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        inside = reference.fake_quant.not_clamped(x, lo, hi, 4)
+        return reference.fake_quant_act(x, lo, hi, 4), torch.where(inside, g, 0.0)
+
     return Case(
-        "activation fake quantization, clip estimator, forward + backward, 52 MB",
+        f"activation fake quantization, clip estimator, forward + backward, {_what(x, where)}",
         int(16.25 * x.numel()),
         8 * x.numel(),
         {
             "kernel": gradients(lambda: zsq.ops.fake_quant_act(x, lo, hi, 4, ste="clip"), [x], g),
+            "reference": lambda: theirs(fixed, g),
             "aten": gradients(lambda: torch.fake_quantize_per_tensor_affine(x, 0.2, 0, 0, 15), [x], g),
-            "copy": lambda: spare.copy_(x.detach()),
+            "compile": compiled(theirs, fixed, g),
+            "copy": lambda: spare.copy_(fixed),
         },
     )
 
 
-def bn_stats_case(
-    device: str, channels_last: bool = False, shape: tuple[int, ...] = BATCH_200, where: str = ""
-) -> Case:
+def bn_stats_case(device: str, channels_last: bool = False, shape: Shape = BATCH_200, where: str = "") -> Case:
     x, *_ = _activation(device, shape)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
@@ -206,7 +215,7 @@ def bn_stats_case(
 def bn_act_case(
     device: str,
     channels_last: bool = False,
-    shape: tuple[int, ...] = BATCH_200,
+    shape: Shape = BATCH_200,
     where: str = "",
     part: str = "forward + backward",
 ) -> Case:
@@ -260,57 +269,85 @@ def bn_act_case(
     )
 
 
-def learned_case(device: str) -> Case:
-    w = torch.randn(512, 512, 3, 3, device=device, requires_grad=True)
-    step = torch.full((512,), 0.3, device=device, requires_grad=True)
-    g, spare, zero = torch.randn_like(w), torch.empty_like(w), torch.zeros(512, device=device)
+def learned_case(device: str, shape: Shape = (512, 512, 3, 3), where: str = "") -> Case:
+    w = torch.randn(shape, device=device, requires_grad=True)
+    step = torch.full(shape[:1], 0.3, device=device, requires_grad=True)
+    g, spare, zero = torch.randn_like(w), torch.empty_like(w), torch.zeros(shape[0], device=device)
+    fixed = (w.detach(), step.detach(), -8, 7, 1.0)
+
+    def theirs(*fixed: Any) -> tuple[Tensor, ...]:
+        return reference.fake_quant_learned(*fixed), *reference.fake_quant_learned_backward(g, *fixed)
+
     return Case(
-        "learned step sizes, forward + backward, 512x512x3x3",
+        f"learned step sizes, forward + backward, {f'{where}, ' if where else ''}{'x'.join(map(str, shape))}",
         20 * w.numel(),
         8 * w.numel(),
         {
             "kernel": gradients(lambda: zsq.ops.fake_quant_learned(w, step, -8, 7), [w, step], g),
+            "reference": lambda: theirs(*fixed),
             "aten": gradients(
                 lambda: torch._fake_quantize_learnable_per_channel_affine(w, step, zero, 0, -8, 7, 1.0), [w, step], g
             ),
+            "compile": compiled(theirs, *fixed),
             "copy": lambda: spare.copy_(w.detach()),
         },
     )
 
 
-def distillation_case(device: str) -> Case:
-    student, teacher = torch.randn(200, 10, device=device, requires_grad=True), torch.randn(200, 10, device=device)
-    target = torch.randint(0, 10, (200,), device=device)
+def distillation_case(device: str, shape: Shape = (200, 10), where: str = "") -> Case:
+    student, teacher = torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device)
+    target = torch.randint(0, shape[1], shape[:1], device=device)
 
-    def theirs() -> Tensor:
+    def theirs(student: Tensor) -> Tensor:
         kd = F.kl_div(F.log_softmax(student / 20, 1), F.log_softmax(teacher / 20, 1), reduction="mean", log_target=True)
         return 400 * kd + F.cross_entropy(student, target)
 
+    fast = torch.compile(theirs, fullgraph=True, dynamic=False)
     return Case(
-        "distillation + cross entropy, forward + backward, 200x10",
+        f"distillation + cross entropy, forward + backward, {f'{where}, ' if where else ''}{'x'.join(map(str, shape))}",
         12 * student.numel(),
         0,
         {
             "kernel": gradients(lambda: zsq.ops.distillation_loss(student, teacher, target)[0], [student]),
-            "reference": gradients(theirs, [student]),
+            "reference": gradients(lambda: theirs(student), [student]),
+            "compile": gradients(lambda: fast(student), [student]),
         },
     )
 
 
-def alignment_case(device: str) -> Case:
-    student, teacher = (torch.randn(64, 64, 32, 32, device=device).requires_grad_(i == 0) for i in range(2))
+def alignment_case(device: str, shape: Shape = (64, 64, 32, 32), where: str = "") -> Case:
+    student, teacher = (torch.randn(shape, device=device).requires_grad_(i == 0) for i in range(2))
 
-    def theirs() -> Tensor:
+    def theirs(student: Tensor) -> Tensor:
         maps = (F.normalize(f.square().mean((2, 3)), dim=1) for f in (student, teacher))
         return F.mse_loss(*maps)
 
+    fast = torch.compile(theirs, fullgraph=True, dynamic=False)
     return Case(
-        "channel attention alignment, forward + backward, 17 MB",
+        f"channel attention alignment, forward + backward, {_what(student, where)}",
         16 * student.numel(),
         0,
         {
             "kernel": gradients(lambda: zsq.ops.feature_alignment(student, teacher), [student]),
-            "reference": gradients(theirs, [student]),
+            "reference": gradients(lambda: theirs(student), [student]),
+            "compile": gradients(lambda: fast(student), [student]),
+        },
+    )
+
+
+def perturb_case(device: str, shape: Shape = BATCH_200, where: str = "") -> Case:
+    x, g = (torch.randn(shape, device=device) for _ in range(2))
+    spare = torch.empty_like(x)
+    return Case(
+        f"sign perturbation, {_what(x, where)}",
+        12 * x.numel(),
+        8 * x.numel(),
+        {
+            "kernel": lambda: zsq.ops.sign_perturb(x, g, 0.01),
+            "reference": lambda: reference.sign_perturb(x, g, 0.01),
+            "aten": lambda: torch.add(x, torch.sign(g), alpha=0.01),
+            "compile": compiled(reference.sign_perturb, x, g, 0.01),
+            "copy": lambda: spare.copy_(x),
         },
     )
 
@@ -364,74 +401,56 @@ def network_inundation_case(device: str) -> Case:
     return _inundation("gradient inundation, ResNet-20, batch 200", [w.detach() for w in weights], grads, momenta)
 
 
-def resnet50_inundation_case(device: str) -> Case:
-    """The 54 weights of a ResNet-50 (25.5 M), random; gradients small enough for a dozen candidates."""
-    shapes, inside = [(64, 3, 7, 7)], 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            shapes += [(width, inside, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
-            shapes += [(4 * width, inside, 1, 1)] if block == 0 else []
-            inside = 4 * width
-    weights = [torch.randn(shape, device=device) * 0.02 for shape in [*shapes, (1000, 2048)]]
+def weights_inundation_case(device: str, network: str) -> Case:
+    """All weights of a network, random; gradients small enough for a dozen candidates."""
+    weights = [torch.randn(shape, device=device) * 0.02 for shape in NETWORKS[network]]
     grads, momenta = ([1e-3 * torch.randn_like(w) for w in weights] for _ in range(2))
-    return _inundation(f"gradient inundation, {len(weights)} ResNet-50 weights", weights, grads, momenta)
+    return _inundation(f"gradient inundation, {len(weights)} {network} weights", weights, grads, momenta)
 
 
-CASES: list[Callable[[str], Case]] = [
+Make = Callable[[str], Case]
+CASES: list[Make] = [
     weight_case,
     network_weights_case,
     act_case,
     running_case,
     clip_case,
     bn_stats_case,
-    lambda device: bn_stats_case(device, channels_last=True),
+    partial(bn_stats_case, channels_last=True),
     bn_act_case,
-    lambda device: bn_act_case(device, channels_last=True),
+    partial(bn_act_case, channels_last=True),
     learned_case,
     distillation_case,
     alignment_case,
+    perturb_case,
     inundation_case,
     network_inundation_case,
 ]
 
-# Activations and weights of real networks at the batch sizes of the papers' settings.
-ACTIVATIONS = {
-    "ResNet-20, stage 1, batch 200": (200, 16, 32, 32),
-    "ResNet-20, stage 2, batch 200": (200, 32, 16, 16),
-    "ResNet-20, stage 3, batch 200": (200, 64, 8, 8),
-    "ResNet-18, stem, batch 16": (16, 64, 112, 112),
-    "ResNet-18, stage 1, batch 16": (16, 64, 56, 56),
-    "ResNet-18, stage 4, batch 16": (16, 512, 7, 7),
-    "ResNet-50, stage 1 wide, batch 16": (16, 256, 56, 56),
-    "ResNet-50, stage 3 wide, batch 16": (16, 1024, 14, 14),
-    "MobileNetV2, block 2 wide, batch 16": (16, 96, 112, 112),
-    "MobileNetV2, last, batch 16": (16, 1280, 7, 7),
-}
+
+def layer_cases() -> Iterator[Make]:
+    """Every kernel at the shapes of real networks; no gates."""
+    for where, shape in WEIGHTS.items():
+        for make in (weight_case, learned_case):
+            yield _ungated(make, shape=shape, where=where)
+    for where, shape in ACTIVATIONS.items():
+        for make in (act_case, running_case, clip_case, bn_act_case, bn_stats_case, alignment_case):
+            yield _ungated(make, shape=shape, where=where)
+    for where, shape in LOGITS.items():
+        yield _ungated(distillation_case, shape=shape, where=where)
+    yield _ungated(perturb_case, shape=(16, 3, 224, 224), where="images of 224 x 224, batch 16")
+    for network in NETWORKS:
+        yield _ungated(network_weights_case, network=network)
+        yield _ungated(weights_inundation_case, network=network)
 
 
-WEIGHTS = {
-    "ResNet-20, stage 3": (64, 64, 3, 3),
-    "ResNet-18, stem": (64, 3, 7, 7),
-    "ResNet-18, stage 4": (512, 512, 3, 3),
-    "ResNet-50, stage 4, 1x1": (2048, 512, 1, 1),
-    "MobileNetV2, depthwise": (960, 1, 3, 3),
-    "MobileNetV2, last": (1280, 320, 1, 1),
-}
+def _ungated(make: Callable[..., Case], **shape: Any) -> Make:
+    def made(device: str) -> Case:
+        case = make(device, **shape)
+        case.gates, case.moonshots = {}, {}
+        return case
 
-
-def layer_cases(device: str) -> Iterator[Case]:
-    """The kernels at the layer shapes of real networks; no gates."""
-    for name, shape in WEIGHTS.items():
-        yield _ungated(weight_case(device, shape, name))
-    for name, shape in ACTIVATIONS.items():
-        yield _ungated(act_case(device, shape, name))
-        yield _ungated(bn_act_case(device, shape=shape, where=name))
-        yield _ungated(bn_stats_case(device, shape=shape, where=name))
-
-
-def _ungated(case: Case) -> Case:
-    case.gates, case.moonshots = {}, {}
-    return case
+    return made
 
 
 # ---- a GPU's table: tensors beyond its caches, forward and backward apart -----------------------------------------------
@@ -463,6 +482,6 @@ def gpu_cases(device: str) -> Iterator[Case]:
     weights = network_weights_case(device)
     weights.gates, weights.moonshots = {"aten": 20}, {"aten": 100}
     yield weights
-    for case in (network_inundation_case(device), resnet50_inundation_case(device)):
+    for case in (network_inundation_case(device), weights_inundation_case(device, "ResNet-50")):
         case.gates, case.moonshots = {"reference": 50}, {"reference": 500 if "ResNet-20" in case.name else 100}
         yield case

@@ -98,8 +98,10 @@ def steps(device: str, results: Path) -> list[Step]:
     material = material or Path("shared")
     bench = [python, "-m", "benchmarks", "--device", device]
 
-    def rounds(count: int) -> list[str]:  # the rehearsal is about the steps, not the numbers
-        return ["--rounds", str(count)] if device == "cuda" else ["--rounds", "1", "--no-compile"]
+    def rounds(count: int, seconds: float = 1) -> list[str]:  # the rehearsal is about the steps, not the numbers
+        if device == "cuda":
+            return ["--rounds", str(count), "--seconds", str(seconds)]
+        return ["--rounds", "1", "--seconds", "0", "--no-compile"]
 
     found = {
         "checkpoint": material / "data" / "cifar10_resnet20_akamaster.safetensors",
@@ -112,6 +114,7 @@ def steps(device: str, results: Path) -> list[Step]:
         Step("build", build, 400, settings={"ZSQ_REQUIRE_KERNELS": required} | ({} if device == "cuda" else {"ZSQ_NVCC": "none"})),
         Step("every operation", program, 120),
         Step("tests", [*pytest, *tests], 400, {"ZSQ_SHARED": str(material)}),
+        *([Step("beyond 2^31 elements", [*pytest, "-k", "cuda", str(ROOT / "tests" / "test_large.py")], 120)] if device == "cuda" else []),
         Step("recorded vectors", [python, "-W", "ignore", str(material / "golden" / "check.py"), "--device", device], 120,
              lacks=no_material),
         *(
@@ -126,7 +129,8 @@ def steps(device: str, results: Path) -> list[Step]:
              100),
         *([Step("benchmarks, large", [*bench, *rounds(20), "--large", "--gate", "--json", str(results / "kernels_large_pool.json")], 150)]
           if device == "cuda" else []),
-        Step("benchmarks, layers", [*bench, *rounds(20), "--no-compile", "--layers", "--json", str(results / "layers_hot_pool.json")], 100),
+        Step("benchmarks, layers", [*bench, *rounds(5, 0.25), "--no-compile", "--layers", "--json",
+                                    str(results / "layers_hot_pool.json")], 120),
         Step("end to end", [python, "-m", "benchmarks.cifar10", "--checkpoint", str(found["checkpoint"]), "--data", str(found["data"]),
                             "--recipes", "ait", "--bits", "4", "--out", str(results), "--device", device,
                             *(["--set", "schedule.epochs=2", "schedule.warmup_epochs=1", "schedule.calibration_epochs=1",
@@ -135,8 +139,10 @@ def steps(device: str, results: Path) -> list[Step]:
     ]  # fmt: skip
 
 
-def run(step: Step, log: Path, left: float) -> dict[str, object]:
-    """Runs the step in .gpu/site, where the build lies and no source tree hides it; its output goes to `log`. At most `left` seconds."""
+def run(step: Step, log: Path, left: float, patience: float = 1) -> dict[str, object]:
+    """Runs the step in .gpu/site, where the build lies and no source tree hides it; its output goes to `log`. At most `left` seconds,
+    and its own limit times `patience`.
+    """
     if left <= 0:
         return {"outcome": "failed", "why": "no time left"}
     where = ROOT if step.name == "build" else SITE
@@ -146,7 +152,12 @@ def run(step: Step, log: Path, left: float) -> dict[str, object]:
     with log.open("w") as file:
         try:
             code = subprocess.run(
-                step.command, cwd=where, env=env, stdout=file, stderr=subprocess.STDOUT, timeout=min(step.limit, left)
+                step.command,
+                cwd=where,
+                env=env,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=min(patience * step.limit, left),
             ).returncode
         except subprocess.TimeoutExpired:
             code = 124
@@ -193,7 +204,7 @@ def main() -> int:
         outcome = (
             {"outcome": "skipped", "why": step.lacks}
             if step.lacks
-            else run(step, log, limit - (time.monotonic() - started))
+            else run(step, log, limit - (time.monotonic() - started), 1 if args.device == "cuda" else 10)
         )
         outcomes.append({"name": step.name, **{k: v for k, v in asdict(step).items() if k in ("command",)}, **outcome})
         print(f"{step.name:28s} {outcome['outcome']:8s} {outcome.get('seconds', outcome.get('why'))}", flush=True)

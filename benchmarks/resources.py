@@ -2,7 +2,8 @@
 
 Registers, shared memory, spills, 16-byte and narrower accesses to memory (from the machine code), resident warps, and the share of
 memory bandwidth this predicts: an H200 needs about 26 KB of loads under way per SM (4.8 TB/s times 0.75 us over 132 SMs); warps that
-each keep their first 16-byte loads under way give less or more than that, and 92 % of a copy is the most that is expected of any kernel.
+each keep their four widest loads under way give less or more than that, and 92 % of a copy is the most that is expected of any kernel.
+A limit from memory alone: a kernel that computes more than it moves stays below it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from benchmarks import record
 ROOT = Path(__file__).parents[1]
 REGISTERS, WARPS, SHARED = 65536, 64, 227 * 1024  # per SM of compute capability 9.0
 NEEDED, CEILING = 26 * 1024, 0.92
+UNDER_WAY = 4  # loads of a thread
+LOADED = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # bytes by the instruction's suffix; without one 4
 
 
 def disassembler() -> str:
@@ -55,6 +58,10 @@ def resident_warps(registers: int, threads: int, shared: int) -> int:
     return blocks * warps
 
 
+def bytes_loaded(operation: str) -> int:
+    return next((LOADED[part] for part in operation.split(".") if part in LOADED), 4)
+
+
 def kernels(source: Path, arch: str, folder: Path) -> list[dict[str, Any]]:
     binary = folder / f"{source.stem}.cubin"
     flags = ["-std=c++17", "-O3", "-fmad=false", f"-arch={arch}", "-Xptxas", "-v", "-cubin"]
@@ -78,7 +85,8 @@ def kernels(source: Path, arch: str, folder: Path) -> list[dict[str, Any]]:
             return sum(n for op, n in count.items() if op.split(".")[0] == kind and wide in (None, ".128" in op))
 
         warps = resident_warps(int(registers), 256, int(shared[1]) if shared else 0)
-        in_flight = warps * 32 * 16 * min(4, accesses("LDG", True))
+        widths = sorted(bytes_loaded(op) for op in count.elements() if op.split(".")[0] == "LDG")
+        in_flight = warps * 32 * sum(widths[-UNDER_WAY:])
         rows.append(
             {
                 "source": source.name, "kernel": name, "registers": int(registers), "stack_bytes": int(stack),

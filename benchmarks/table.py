@@ -38,6 +38,9 @@ TITLES = {
 }
 
 
+IMAGENET_STAGES = ("image iterations", "generator steps", "student steps")
+
+
 def _load(pattern: str) -> list[tuple[Path, dict[str, Any]]]:
     return [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob(pattern))]
 
@@ -152,6 +155,39 @@ def ablations() -> str:
     return "\n\n".join(parts)
 
 
+def imagenet() -> str:
+    """Minutes and memory at 224 x 224: recipes down, networks across; nothing while there is no record."""
+    found = _load("imagenet_minutes.json")
+    if not found:
+        return ""
+    path, record = found[0]
+    rows = {(row["model"], row["recipe"]): row for row in record["rows"]}
+    models, recipes = (list(dict.fromkeys(pair[i] for pair in rows)) for i in (0, 1))
+    where = next(iter(rows.values()))["environment"]
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None or "error" in row:
+            return "not measured" if row is None else "failed"
+        each = row["minutes_per_1000"]
+        stages = [f"{each[stage]:.0f}" if stage in each else "-" for stage in IMAGENET_STAGES]
+        return f"{' / '.join(stages)}; {row['peak_bytes'] / 2**30:.1f} GiB"
+
+    return "\n".join(
+        [
+            "### ImageNet-sized networks",
+            "",
+            f"[Record](../benchmarks/results/{path.name}), {where['threads']} of {where['cores']} cores, torch {where['torch']}. "
+            "Minutes per 1,000 iterations of "
+            f"{', '.join(IMAGENET_STAGES)} at 224 x 224, 16 images a step (synthesised images: 32), three iterations of each measured; "
+            "and the most memory of the process.",
+            "",
+            "| recipe | " + " | ".join(models) + " |",
+            "|---|" + "---:|" * len(models),
+            *(f"| {r} | " + " | ".join(cell(rows.get((m, r))) for m in models) + " |" for r in recipes),
+        ]
+    )
+
+
 OTHERS = {"reference": "plain PyTorch", "aten": "PyTorch's own ops", "compile": "torch.compile"}
 
 
@@ -227,7 +263,7 @@ def resources() -> str:
         "",
         f"[Record](../benchmarks/results/{path.name}), {record['arch']}, {record['nvcc'].strip()}: {len(kernels)} kernels, "
         f"{sum(k['spill_bytes'] for k in kernels)} bytes spilled, {sum(k['local_accesses'] for k in kernels)} accesses to local memory. "
-        "Below those for float32; the predicted share of copy bandwidth counts 16-byte loads under way "
+        "Below those for float32; the predicted share of copy bandwidth counts loads under way "
         "(`benchmarks/resources.py`) and says nothing of "
         "kernels that compute more than they move. None of this ran on a GPU yet.",
         "",
@@ -396,7 +432,7 @@ def method(recipes: list[str]) -> str:
 
 PAGES = {
     ROOT / "README.md": lambda: (accuracy(), demo(), kernels()),
-    ROOT / "docs" / "results.md": lambda: (results(), ablations()),
+    ROOT / "docs" / "results.md": lambda: (results(), ablations(), imagenet()),
     ROOT / "docs" / "analyses.md": lambda: (analyses(),),
     ROOT / "docs" / "performance.md": lambda: (performance(), resources()),
     **{
@@ -407,7 +443,7 @@ PAGES = {
 
 
 def measured(page: Path) -> str:
-    return "\n\n".join((BEGIN, *PAGES[page](), END))
+    return "\n\n".join((BEGIN, *filter(None, PAGES[page]()), END))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import zsq_fast as zsq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import __main__ as main_program
-from benchmarks import analyses, cases, cifar10, record, table, tracking
+from benchmarks import analyses, cases, cifar10, imagenet, record, shapes, table, tracking
 from benchmarks.__main__ import below_gate, measure, row
 from benchmarks.cases import Case
 
@@ -33,7 +34,7 @@ def test_students_of_an_ablation_differ(name):
     assert all((published is not None) == (name in cifar10.TABLES) for _, published in students.values())
 
 
-def test_rounds_go_on_until_a_second_has_passed(monkeypatch):
+def test_rounds_go_on_until_a_second_has_passed():
     calls = {"kernel": 0, "reference": 0}
 
     def count(name):
@@ -46,9 +47,8 @@ def test_rounds_go_on_until_a_second_has_passed(monkeypatch):
         "kernel": 2 * 403,
         "reference": 2 * 403,
     }  # three rounds to warm up, every timed call behind one that is not
-    monkeypatch.setattr("benchmarks.__main__.LEAST_SECONDS", 0)
-    assert len(measure(case, 2, "cpu", cold=False, fresh=False)["kernel"]) == 2
-    more = measure(case, 2, "cpu", cold=False, fresh=False, before=samples)
+    assert len(measure(case, 2, "cpu", cold=False, fresh=False, least=0)["kernel"]) == 2
+    more = measure(case, 2, "cpu", cold=False, fresh=False, least=0, before=samples)
     assert {name: seconds[:400] for name, seconds in more.items()} == samples and len(more["kernel"]) == 402
     (message,) = below_gate(row(case, samples))
     assert message.startswith("x: ") and "the gate is 1e+09" in message
@@ -84,10 +84,12 @@ def test_cases_of_a_gpu_and_of_layers_run(monkeypatch):
     monkeypatch.setattr(cases, "NARROW", (2, 16, 6, 6))
     monkeypatch.setattr(cases, "ACTIVATIONS", {"narrow": (2, 16, 8, 8)})
     monkeypatch.setattr(cases, "WEIGHTS", {"depthwise": (8, 1, 3, 3)})
+    monkeypatch.setattr(cases, "NETWORKS", {"ResNet-50": [(8, 3, 3, 3), (10, 8)]})
     small = [[scale * torch.randn(8, 3, 3, 3) for _ in range(2)] for scale in (0.02, 1e-3, 1e-3)]
-    for name in ("network_inundation_case", "resnet50_inundation_case"):
-        monkeypatch.setattr(cases, name, lambda device: cases._inundation("gradient inundation, small", *small))
-    large, layers = list(cases.gpu_cases("cpu")), list(cases.layer_cases("cpu"))
+    monkeypatch.setattr(
+        cases, "network_inundation_case", lambda device: cases._inundation("gradient inundation, small", *small)
+    )
+    large, layers = list(cases.gpu_cases("cpu")), [make("cpu") for make in cases.layer_cases()]
     for case in [*large, *layers]:
         case.variants.pop("compile", None)
         for run in case.variants.values():
@@ -98,6 +100,37 @@ def test_cases_of_a_gpu_and_of_layers_run(monkeypatch):
     assert by_name["BN + ReLU + fake quantization, forward"].gates == {"copy": 0.85, "aten": 2.8}
     backward = by_name["BN + ReLU + fake quantization, backward with affine gradients"]
     assert backward.gates == {"copy": pytest.approx(0.85 * 8 / 12.125, rel=1e-3), "aten": 3.0}
+
+
+@pytest.mark.parametrize(
+    "network, name", [("ResNet-18", "resnet18"), ("ResNet-50", "resnet50"), ("MobileNetV2", "mobilenet_v2")]
+)
+def test_weights_of_the_networks_are_theirs(network, name):
+    with torch.device("meta"):
+        built = getattr(pytest.importorskip("torchvision.models"), name)()
+    assert sorted(shapes.NETWORKS[network]) == sorted(tuple(p.shape) for p in built.parameters() if p.dim() > 1)
+
+
+def test_imagenet_goes_on_where_it_stopped_and_is_shown(tmp_path, monkeypatch):
+    asked, broken = [], {"gdfq"}
+
+    def run(command, **_):
+        pair = command[-2:]
+        asked.append(pair[1])
+        row = {"minutes_per_1000": {"generator steps": 12.3, "student steps": 45.6}, "peak_bytes": 3 << 30}
+        failed = pair[1] in broken
+        return subprocess.CompletedProcess(command, int(failed), "" if failed else json.dumps(row), "a\nKilled")
+
+    monkeypatch.setattr(imagenet.subprocess, "run", run)
+    monkeypatch.setattr(imagenet.record, "environment", lambda: {"threads": 1, "cores": 2, "torch": "2.15"})
+    out = tmp_path / "imagenet_minutes.json"
+    monkeypatch.setattr(sys, "argv", ["imagenet", "--models", "m", "--recipes", "ait", "gdfq", "--json", str(out)])
+    assert imagenet.main() == 1 and asked == ["ait", "gdfq"]
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    assert "| ait | - / 12 / 46; 3.0 GiB |" in table.imagenet() and "| gdfq | failed |" in table.imagenet()
+    broken.clear()
+    assert imagenet.main() == 0 and asked == ["ait", "gdfq", "gdfq"]
+    assert "failed" not in table.imagenet()
 
 
 @pytest.mark.parametrize("recipe", ["ait", "hast"])

@@ -63,12 +63,19 @@ def module(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("command", "code"), [("exit 3", 3), ("sleep 9", 124), (None, 127)])
 def test_a_failing_step_is_told(tmp_path, monkeypatch, module, command, code, capsys):
     words = ["bash", "-c", command] if command else [str(tmp_path / "nothing")]
-    monkeypatch.setattr(module, "steps", lambda *_: [module.Step("broken", words, 1), module.Step("next", ["true"], 9)])
+    monkeypatch.setattr(
+        module, "steps", lambda *_: [module.Step("broken", words, 0.1), module.Step("next", ["true"], 9)]
+    )
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu", "--out", str(tmp_path)])
     assert module.main() == 1
     outcomes = json.loads((tmp_path / "report.json").read_text())["steps"]
     assert [o["outcome"] for o in outcomes] == ["failed", "passed"] and outcomes[0]["exit_code"] == code
     assert "failed" in capsys.readouterr().out
+
+
+def test_a_gpu_sees_more_than_2_31_elements(tmp_path, module):
+    (large,) = [step for step in module.steps("cuda", tmp_path) if "test_large" in " ".join(step.command)]
+    assert large.command[-3:-1] == ["-k", "cuda"]
 
 
 def test_what_comes_after_the_limit_fails(tmp_path, monkeypatch, module):
