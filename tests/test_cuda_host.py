@@ -228,14 +228,23 @@ def test_gi_unusual_tensors(seeded: Kernels) -> None:
         assert kappa[3] == (126 if capped else 1)
 
 
-def test_gi_launches_and_many_tensors(kernels: Kernels) -> None:
-    """More tensors than one kernel argument table holds; three launches for each table."""
-    weights, grads, momenta = gi_case([(2, 9)] * 83)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("count, launches", [(80, 3), (83, 3), (801, 6)])
+def test_gi_launches_and_many_tensors(kernels: Kernels, count: int, launches: int, weight_decay: float) -> None:
+    """Three launches for as many tensors as the larger of two argument tables holds."""
+    weights, grads, momenta = gi_case([(2, 9)] * count)
     for i, g in enumerate(grads):
-        g.mul_(1.1**i)
+        g.mul_(1.1 ** (i % 83))
     before = kernels.lib.zsq_launches()
-    kappa, _ = compare_gi(kernels, weights, grads, momenta, **(DEFAULT | {"capped": True, "search_steps": 1}))
-    assert kernels.lib.zsq_launches() - before == 6 and len(kappa.unique()) > 3
+    options = DEFAULT | {"capped": True, "search_steps": 1, "weight_decay": weight_decay}
+    kappa, _ = compare_gi(kernels, weights, grads, momenta, **options)
+    assert kernels.lib.zsq_launches() - before == launches and len(kappa.unique()) > 3
+
+
+@pytest.mark.parametrize("cols", [1, 3, 31, 640, 641, 5120, 5121])
+def test_gi_counts_with_weight_decay(seeded: Kernels, cols: int) -> None:
+    """Rows of every length, and more of them than a block takes."""
+    compare_gi(seeded, *gi_case([(19, cols), (2, cols)]), **(DEFAULT | {"search_steps": 2, "weight_decay": 0.3}))
 
 
 def test_gi_channels_last(kernels: Kernels) -> None:

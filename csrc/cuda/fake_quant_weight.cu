@@ -10,7 +10,6 @@ namespace {
 
 constexpr int64_t kTileBytes = 44 << 10;  // leaves room for the static part within the 48 KiB that need no opt-in
 
-constexpr int kTensors = 120;  // per launch: their table is a kernel argument, at most 4 KB
 constexpr int kFewCols = 16, kSomeCols = 128, kManyCols = 1024;
 
 // Values, or codes with the grid of each row.
@@ -159,7 +158,8 @@ cudaError_t quantize_rows(const Rows<T, kCodes>& a, int bits, cudaStream_t strea
   return launch(config, long_rows_kernel<T, kCodes>, a, bits, cached);
 }
 
-template <class T>
+// A kernel argument, that is in the device's constant memory: no copy, no lifetime, and a graph keeps it.
+template <class T, int kTensors>
 struct WeightTable {
   struct Entry {
     const T* w;
@@ -169,12 +169,14 @@ struct WeightTable {
   int first_block[kTensors + 1];
   int count, bits;
 };
-static_assert(sizeof(WeightTable<float>) <= 4096);
+constexpr int kFewTensors = 120, kMostTensors = kLargeArguments ? 1000 : kFewTensors;
+static_assert(sizeof(WeightTable<float, kFewTensors>) <= 4096);
+static_assert(sizeof(WeightTable<float, kMostTensors>) <= kArgumentBytes);
 
 // A block never mixes tensors, so all its threads take the same path.
-template <class T>
+template <class T, int N>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8)
-    weights_kernel(const __grid_constant__ WeightTable<T> table) {
+    weights_kernel(const __grid_constant__ WeightTable<T, N> table) {
   ZSQ_DYN_SHARED(T, tile);
   const int i = piece_of_block(table.first_block, table.count), bits = table.bits;
   const int64_t block = static_cast<int64_t>(blockIdx.x) - table.first_block[i];
@@ -200,16 +202,16 @@ cudaError_t fake_quant_weight(const T* w, T* out, int64_t rows, int64_t cols, in
   return quantize_rows(Rows<T, false>{w, out, nullptr, nullptr, rows, cols}, bits, stream);
 }
 
-template <class T>
+template <class T, int N>
 cudaError_t fake_quant_weights(const WeightTensor<T>* tensors, int count, int bits, cudaStream_t stream) {
   constexpr int64_t kMost = 0x7fffffff;
-  WeightTable<T> table;
+  WeightTable<T, N> table;
   table.count = 0, table.first_block[0] = 0, table.bits = bits;
   size_t tile = 0;
   cudaError_t error = cudaSuccess;
   const auto flush = [&] {
     if (table.count > 0 && error == cudaSuccess)
-      error = launch({table.first_block[table.count], kThreads, tile, stream}, weights_kernel<T>, table);
+      error = launch({table.first_block[table.count], kThreads, tile, stream}, weights_kernel<T, N>, table);
     table.count = 0, tile = 0;
   };
   for (int i = 0; i < count; ++i) {
@@ -220,7 +222,7 @@ cudaError_t fake_quant_weights(const WeightTensor<T>* tensors, int count, int bi
       continue;
     }
     const int64_t blocks = blocks_for(rows, cols);
-    if (table.count == kTensors || table.first_block[table.count] + blocks > kMost) flush();
+    if (table.count == N || table.first_block[table.count] + blocks > kMost) flush();
     table.entry[table.count] = {w, out, static_cast<int>(rows), static_cast<int>(cols)};
     table.first_block[table.count + 1] = table.first_block[table.count] + static_cast<int>(blocks);
     ++table.count;
@@ -229,6 +231,12 @@ cudaError_t fake_quant_weights(const WeightTensor<T>* tensors, int count, int bi
   }
   flush();
   return error;
+}
+
+template <class T>
+cudaError_t fake_quant_weights(const WeightTensor<T>* tensors, int count, int bits, cudaStream_t stream) {
+  return count <= kFewTensors ? fake_quant_weights<T, kFewTensors>(tensors, count, bits, stream)
+                              : fake_quant_weights<T, kMostTensors>(tensors, count, bits, stream);
 }
 
 template <class T>

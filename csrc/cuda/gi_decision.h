@@ -11,12 +11,11 @@ using Count = unsigned long long;
 // Counts of a tensor, kSlots of them, zero at first.
 constexpr int kLadder = kGiMaxDoublings + 1;  // slot j: changed codes at kappa = 2^j
 constexpr int kMids = kLadder;                // slot kMids+j-1: at midpoint j of the bracket
-constexpr int kRecount = 62;  // at the applied step, when weight decay makes it differ from the searched one
 constexpr int kFlags = 63;    // what is known of the direction
 constexpr int kSlots = 64;
 constexpr unsigned kNonFinite = 1, kNonZero = 2;
 constexpr int kSkip = -1;
-static_assert(kLadder <= 32 && kMids + (1 << kGiMaxSearchSteps) - 1 <= kRecount, "a lane per candidate");
+static_assert(kLadder <= 32 && kMids + (1 << kGiMaxSearchSteps) - 1 <= kFlags, "a lane per candidate");
 
 __device__ __forceinline__ int64_t elements(const GiTensor& t) { return static_cast<int64_t>(t.rows) * t.cols; }
 

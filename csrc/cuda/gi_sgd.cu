@@ -3,9 +3,8 @@
 //   1. ladder:    per tensor, how many integer codes would change at kappa = 1, 2, 4, ...
 //   2. bisect:    the same at every midpoint that the bisection of the decided bracket could visit (a dyadic grid,
 //   exact in double)
-//   3. apply:     replay the bisection from the counts, write kappa and changed, take the SGD step
-// Weight decay, which the search leaves out by definition, costs one more launch before the last: it recounts what
-// really changes.
+//   3. apply:     replay the bisection from the counts, write kappa and changed, take the SGD step; with weight decay,
+//   which the search leaves out by definition, first count in the same rows what really changes
 //
 // A later launch replays the decision of an earlier one from integer counts, so nothing depends on the order in which
 // blocks run. Rows stay in registers (weight, direction, current code) while all candidates are tried: 12 B per weight
@@ -19,10 +18,12 @@
 namespace zsq::cuda {
 namespace {
 
-constexpr int kTensors = 80;  // per launch: the table travels as a kernel argument and must stay below 4 KB
 constexpr int kHeld = 20;
 constexpr int64_t kApplyPerBlock = kThreads * 16;
 
+// The table travels as a kernel argument, that is in the device's constant memory: no copy, no lifetime, and a graph
+// keeps it.
+template <int kTensors>
 struct GiTable {
   GiTensor tensor[kTensors];
   int search_block[kTensors + 1];  // first block of each tensor in launches 1 and 2
@@ -30,7 +31,9 @@ struct GiTable {
   int count;
   GiOptions options;
 };
-static_assert(sizeof(GiTable) + 64 <= 4096, "kernel arguments are limited to 4 KB");
+constexpr int kFewTensors = 80, kMostTensors = kLargeArguments ? 800 : kFewTensors;
+static_assert(sizeof(GiTable<kFewTensors>) + 64 <= 4096);
+static_assert(sizeof(GiTable<kMostTensors>) + 64 <= kArgumentBytes);
 
 __device__ __forceinline__ unsigned warp_sum(unsigned n) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
@@ -86,31 +89,21 @@ __device__ __forceinline__ void try_row(const GiTensor& t, int row, const GiOpti
   if (mine) atomicAdd(&tally.count[lane], mine);
 }
 
-enum class Stage { kLadder, kBisect, kRecount };
+// Rows that a block takes of a tensor.
+__host__ __device__ __forceinline__ int rows_per_block(const GiTensor& t) { return t.cols <= 32 * kHeld ? kWarps : 1; }
 
-__global__ void __launch_bounds__(kThreads, 2)
-    search_kernel(const __grid_constant__ GiTable table, Count* counts, Stage stage) {
-  ZSQ_SHARED(Tally, tally);
-  const int at = piece_of_block(table.search_block, table.count), lane = static_cast<int>(threadIdx.x);
-  const GiTensor& t = table.tensor[at];
-  const GiOptions& o = table.options;
-  counts += static_cast<int64_t>(at) * kSlots;
-  const int doubled = stage == Stage::kLadder ? 0 : doublings(counts, t, o);
-  if (doubled == kSkip || (stage == Stage::kBisect && doubled == 0)) return;  // the same in every thread of the block
-  int candidates = 1, slot = kRecount;
-  if (stage == Stage::kLadder) candidates = (o.capped ? kGiCappedDoublings : kGiMaxDoublings) + 1, slot = 0;
-  if (stage == Stage::kBisect) candidates = (1 << o.search_steps) - 1, slot = kMids;
+// Tries the steps kappa(i) * lr, i = 0 .. candidates-1, on the rows of a block. All its threads call, and find the
+// tally filled.
+template <class F>
+__device__ __forceinline__ void try_block(const GiTensor& t, int block, const GiOptions& o, float weight_decay,
+                                          int candidates, F kappa, Tally& tally) {
+  const int lane = static_cast<int>(threadIdx.x);
   if (lane < 32) {
-    const double kappa = stage == Stage::kLadder   ? static_cast<double>(1ll << lane)
-                         : stage == Stage::kBisect ? kappa_at(doubled, lane + 1, o.search_steps)
-                                                   : decide(counts, t, o, doubled).kappa;
-    tally.step[lane] = static_cast<float>(mul(kappa, o.lr));
+    tally.step[lane] = static_cast<float>(mul(kappa(lane), o.lr));
     tally.count[lane] = 0;
     if (lane == 0) tally.flags = 0;
   }
   __syncthreads();
-  const int block = static_cast<int>(blockIdx.x) - table.search_block[at];
-  const float weight_decay = stage == Stage::kRecount ? static_cast<float>(o.weight_decay) : 0.f;
   if (t.cols <= 32 * kHeld)
     try_row<1, kHeld>(t, block * kWarps + lane / 32, o, weight_decay, candidates, tally);
   else if (t.cols <= kThreads * kHeld)
@@ -118,8 +111,31 @@ __global__ void __launch_bounds__(kThreads, 2)
   else
     try_row<kWarps, 0>(t, block, o, weight_decay, candidates, tally);
   __syncthreads();
-  if (lane < candidates && tally.count[lane]) atomicAdd(counts + slot + lane, static_cast<Count>(tally.count[lane]));
-  if (lane == 0 && stage == Stage::kLadder) atomicOr(counts + kFlags, static_cast<Count>(tally.flags));
+}
+
+enum class Stage { kLadder, kBisect };
+
+template <int N>
+__global__ void __launch_bounds__(kThreads, 2)
+    search_kernel(const __grid_constant__ GiTable<N> table, Count* counts, int64_t* changed, Stage stage) {
+  ZSQ_SHARED(Tally, tally);
+  const int at = piece_of_block(table.search_block, table.count), lane = static_cast<int>(threadIdx.x);
+  const int block = static_cast<int>(blockIdx.x) - table.search_block[at];
+  const GiTensor& t = table.tensor[at];
+  const GiOptions& o = table.options;
+  counts += static_cast<int64_t>(at) * kSlots;
+  if (stage == Stage::kLadder) {
+    if (block == 0 && lane == 0) changed[at] = 0;  // where `apply` with weight decay adds up
+    const int candidates = (o.capped ? kGiCappedDoublings : kGiMaxDoublings) + 1;
+    try_block(t, block, o, 0.f, candidates, [](int i) { return static_cast<double>(1ll << i); }, tally);
+    if (lane < candidates && tally.count[lane]) atomicAdd(counts + lane, static_cast<Count>(tally.count[lane]));
+    if (lane == 0) atomicOr(counts + kFlags, static_cast<Count>(tally.flags));
+  } else {
+    const int doubled = doublings(counts, t, o), candidates = (1 << o.search_steps) - 1;
+    if (doubled == kSkip || doubled == 0) return;  // the same in every thread of the block
+    try_block(t, block, o, 0.f, candidates, [&](int i) { return kappa_at(doubled, i + 1, o.search_steps); }, tally);
+    if (lane < candidates && tally.count[lane]) atomicAdd(counts + kMids + lane, static_cast<Count>(tally.count[lane]));
+  }
 }
 
 struct Update {
@@ -133,25 +149,35 @@ struct Update {
   }
 };
 
-__global__ void __launch_bounds__(kThreads, 4)
-    apply_kernel(const __grid_constant__ GiTable table, const Count* counts, float* kappa, int64_t* changed) {
+// With weight decay a block takes the rows that it counts, else a piece of kApplyPerBlock elements.
+template <int N, bool kDecays>
+__global__ void __launch_bounds__(kThreads, kDecays ? 2 : 4)
+    apply_kernel(const __grid_constant__ GiTable<N> table, const Count* counts, float* kappa, int64_t* changed) {
   const int at = piece_of_block(table.apply_block, table.count),
             block = static_cast<int>(blockIdx.x) - table.apply_block[at];
   const GiTensor& t = table.tensor[at];
   const GiOptions& o = table.options;
   counts += static_cast<int64_t>(at) * kSlots;
   const int doubled = doublings(counts, t, o);
-  Decision d = doubled == kSkip ? Decision{NAN, 0} : decide(counts, t, o, doubled);
-  if (doubled != kSkip && o.weight_decay != 0) d.changed = static_cast<int64_t>(counts[kRecount]);
-  if (block == 0 && threadIdx.x == 0) kappa[at] = static_cast<float>(d.kappa), changed[at] = d.changed;
-  if (doubled == kSkip) return;
+  const Decision d = doubled == kSkip ? Decision{NAN, 0} : decide(counts, t, o, doubled);
+  const int64_t n = elements(t), piece = kDecays ? int64_t(rows_per_block(t)) * t.cols : kApplyPerBlock,
+                begin = block * piece, end = begin + piece < n ? begin + piece : n;
+  if (block == 0 && threadIdx.x == 0) {
+    kappa[at] = static_cast<float>(d.kappa);
+    if (!kDecays || n == 0) changed[at] = d.changed;
+  }
+  if (doubled == kSkip || n == 0) return;
   const Update update{static_cast<float>(mul(d.kappa, o.lr)), static_cast<float>(o.momentum),
                       static_cast<float>(o.weight_decay), o.nesterov};
-  const int64_t n = elements(t), begin = block * kApplyPerBlock,
-                end = begin + kApplyPerBlock < n ? begin + kApplyPerBlock : n;
+  if constexpr (kDecays) {
+    ZSQ_SHARED(Tally, tally);
+    try_block(t, block, o, update.weight_decay, 1, [&](int) { return d.kappa; }, tally);
+    if (threadIdx.x == 0 && tally.count[0])
+      atomicAdd(reinterpret_cast<Count*>(changed + at), static_cast<Count>(tally.count[0]));
+  }
   using V4 = Vec<float, 4>;
-  const bool vec = (reinterpret_cast<uintptr_t>(t.weight) | reinterpret_cast<uintptr_t>(t.grad) |
-                    reinterpret_cast<uintptr_t>(t.momentum)) %
+  const bool vec = (reinterpret_cast<uintptr_t>(t.weight + begin) | reinterpret_cast<uintptr_t>(t.grad + begin) |
+                    reinterpret_cast<uintptr_t>(t.momentum + begin)) %
                        16 ==
                    0;
   const int64_t tail = vec ? end - (end - begin) % 4 : begin;
@@ -164,13 +190,35 @@ __global__ void __launch_bounds__(kThreads, 4)
   for (int64_t i = tail + threadIdx.x; i < end; i += kThreads) update.apply(t.weight[i], t.grad[i], t.momentum[i]);
 }
 
-int search_blocks(const GiTensor& t) {
-  return t.cols == 0 ? 0 : t.cols <= 32 * kHeld ? static_cast<int>(ceil_div(t.rows, kWarps)) : t.rows;
-}
+int search_blocks(const GiTensor& t) { return t.cols == 0 ? 0 : static_cast<int>(ceil_div(t.rows, rows_per_block(t))); }
 // At least one: the first block of a tensor also writes its kappa.
-int apply_blocks(const GiTensor& t) {
+int apply_blocks(const GiTensor& t, bool decays) {
   const int64_t n = static_cast<int64_t>(t.rows) * t.cols;
-  return n == 0 ? 1 : static_cast<int>(ceil_div(n, kApplyPerBlock));
+  return n == 0 ? 1 : decays ? search_blocks(t) : static_cast<int>(ceil_div(n, kApplyPerBlock));
+}
+
+template <int N>
+cudaError_t gi_sgd_some(const GiTensor* tensors, int count, float* kappa, int64_t* changed, const GiOptions& options,
+                        Count* counts, cudaStream_t stream) {
+  const bool decays = options.weight_decay != 0;
+  GiTable<N> table{};
+  table.options = options;
+  table.count = count;
+  for (int i = 0; i < count; ++i) {
+    table.tensor[i] = tensors[i];
+    table.search_block[i + 1] = table.search_block[i] + search_blocks(tensors[i]);
+    table.apply_block[i + 1] = table.apply_block[i] + apply_blocks(tensors[i], decays);
+  }
+  const LaunchConfig search{table.search_block[count], kThreads, 0, stream},
+      apply{table.apply_block[count], kThreads, 0, stream};
+  cudaError_t error = cudaSuccess;
+  if (search.blocks > 0) {
+    error = launch(search, search_kernel<N>, table, counts, changed, Stage::kLadder);
+    if (options.search_steps > 0 && error == cudaSuccess)
+      error = launch(search, search_kernel<N>, table, counts, changed, Stage::kBisect);
+  }
+  if (error != cudaSuccess) return error;
+  return launch(apply, decays ? apply_kernel<N, true> : apply_kernel<N, false>, table, counts, kappa, changed);
 }
 
 }  // namespace
@@ -181,26 +229,11 @@ cudaError_t gi_sgd(const GiTensor* tensors, int count, float* kappa, int64_t* ch
                    void* workspace, cudaStream_t stream) {
   Count* counts = static_cast<Count*>(workspace);
   cudaError_t error = cudaMemsetAsync(workspace, 0, gi_sgd_workspace(count), stream);
-  for (int first = 0; first < count && error == cudaSuccess; first += kTensors) {
-    GiTable table{};
-    table.options = options;
-    table.count = count - first < kTensors ? count - first : kTensors;
-    for (int i = 0; i < table.count; ++i) {
-      table.tensor[i] = tensors[first + i];
-      table.search_block[i + 1] = table.search_block[i] + search_blocks(tensors[first + i]);
-      table.apply_block[i + 1] = table.apply_block[i] + apply_blocks(tensors[first + i]);
-    }
-    Count* slots = counts + static_cast<int64_t>(first) * kSlots;
-    const int64_t search = table.search_block[table.count], apply = table.apply_block[table.count];
-    auto try_steps = [&](Stage stage, bool wanted) {
-      if (wanted && search > 0 && error == cudaSuccess)
-        error = launch({search, kThreads, 0, stream}, search_kernel, table, slots, stage);
-    };
-    try_steps(Stage::kLadder, true);
-    try_steps(Stage::kBisect, options.search_steps > 0);
-    try_steps(Stage::kRecount, options.weight_decay != 0);
-    if (error == cudaSuccess)
-      error = launch({apply, kThreads, 0, stream}, apply_kernel, table, slots, kappa + first, changed + first);
+  for (int first = 0; first < count && error == cudaSuccess; first += kMostTensors) {
+    const int some = count - first < kMostTensors ? count - first : kMostTensors;
+    const auto run = some <= kFewTensors ? gi_sgd_some<kFewTensors> : gi_sgd_some<kMostTensors>;
+    error = run(tensors + first, some, kappa + first, changed + first, options,
+                counts + static_cast<int64_t>(first) * kSlots, stream);
   }
   return error;
 }

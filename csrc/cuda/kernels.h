@@ -18,7 +18,7 @@ namespace zsq::cuda {
 template <class T>
 cudaError_t fake_quant_weight(const T* w, T* out, int64_t rows, int64_t cols, int bits, cudaStream_t stream);
 
-// The same for `count` tensors (host array) in one launch per 120 of them.
+// The same for `count` tensors (host array) in one launch per 1,000 of them.
 template <class T>
 cudaError_t fake_quant_weights(const WeightTensor<T>* tensors, int count, int bits, cudaStream_t stream);
 

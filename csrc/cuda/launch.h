@@ -21,6 +21,14 @@
 
 namespace zsq::cuda {
 
+// Bytes of arguments that a kernel takes: from CUDA 12.1 on 32,764, on every GPU that we build for.
+#if !defined(CUDART_VERSION) || CUDART_VERSION >= 12010
+constexpr int kArgumentBytes = 32764;
+#else
+constexpr int kArgumentBytes = 4096;
+#endif
+constexpr bool kLargeArguments = kArgumentBytes > 4096;
+
 struct LaunchConfig {
   int64_t blocks;
   int threads;

@@ -87,9 +87,9 @@ def fake_quant_weight(weight: Tensor, bits: int) -> Tensor:
 
 
 def fake_quant_weights(weights: Sequence[Tensor], bits: int) -> list[Tensor]:
-    """`fake_quant_weight` of many tensors in one call: one launch on CUDA, one parallel region on the CPU.
+    """`fake_quant_weight` of many tensors in one call: one launch on CUDA (for each 1,000), one parallel region on the CPU.
 
-    On the CPU the results share one block of memory, which lives as long as any of them.
+    The results share one block of memory, which lives as long as any of them; on CUDA it is also the storage of each.
 
     Args:
         weights: tensors `[C, ...]` of one dtype and device, e.g. all weights of a network.
