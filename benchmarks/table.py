@@ -255,9 +255,8 @@ def resources() -> str:
     path, record = _load("cuda_resources_*.json")[0]
     kernels = record["kernels"]
     scalar = re.compile(r"<float, 1\b|float>, 1>")  # the paths of odd sizes and views
-    shown = [
-        k for k in kernels if "<" not in k["kernel"] or ("float" in k["kernel"] and not scalar.search(k["kernel"]))
-    ]
+    others = re.compile(r"double|Bf16|Half")
+    shown = [k for k in kernels if not others.search(k["kernel"]) and not scalar.search(k["kernel"])]
     lines = [
         "### CUDA kernels, as compiled",
         "",

@@ -124,18 +124,18 @@ __global__ void __launch_bounds__(kThreads, 2)
   const GiTensor& t = table.tensor[at];
   const GiOptions& o = table.options;
   counts += static_cast<int64_t>(at) * kSlots;
-  if (stage == Stage::kLadder) {
-    if (block == 0 && lane == 0) changed[at] = 0;  // where `apply` with weight decay adds up
-    const int candidates = (o.capped ? kGiCappedDoublings : kGiMaxDoublings) + 1;
-    try_block(t, block, o, 0.f, candidates, [](int i) { return static_cast<double>(1ll << i); }, tally);
-    if (lane < candidates && tally.count[lane]) atomicAdd(counts + lane, static_cast<Count>(tally.count[lane]));
-    if (lane == 0) atomicOr(counts + kFlags, static_cast<Count>(tally.flags));
-  } else {
-    const int doubled = doublings(counts, t, o), candidates = (1 << o.search_steps) - 1;
-    if (doubled == kSkip || doubled == 0) return;  // the same in every thread of the block
-    try_block(t, block, o, 0.f, candidates, [&](int i) { return kappa_at(doubled, i + 1, o.search_steps); }, tally);
-    if (lane < candidates && tally.count[lane]) atomicAdd(counts + kMids + lane, static_cast<Count>(tally.count[lane]));
-  }
+  const bool ladder = stage == Stage::kLadder;
+  if (ladder && block == 0 && lane == 0) changed[at] = 0;  // where `apply` with weight decay adds up
+  const int doubled = ladder ? 0 : doublings(counts, t, o);
+  if (!ladder && (doubled == kSkip || doubled == 0)) return;  // the same in every thread of the block
+  const int candidates = ladder ? (o.capped ? kGiCappedDoublings : kGiMaxDoublings) + 1 : (1 << o.search_steps) - 1;
+  const auto kappa = [&](int i) {
+    return ladder ? static_cast<double>(1ll << i) : kappa_at(doubled, i + 1, o.search_steps);
+  };
+  try_block(t, block, o, 0.f, candidates, kappa, tally);
+  counts += ladder ? 0 : kMids;
+  if (lane < candidates && tally.count[lane]) atomicAdd(counts + lane, static_cast<Count>(tally.count[lane]));
+  if (ladder && lane == 0) atomicOr(counts + kFlags, static_cast<Count>(tally.flags));
 }
 
 struct Update {
