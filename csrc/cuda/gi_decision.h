@@ -11,7 +11,7 @@ using Count = unsigned long long;
 // Counts of a tensor, kSlots of them, zero at first.
 constexpr int kLadder = kGiMaxDoublings + 1;  // slot j: changed codes at kappa = 2^j
 constexpr int kMids = kLadder;                // slot kMids+j-1: at midpoint j of the bracket
-constexpr int kFlags = 63;    // what is known of the direction
+constexpr int kFlags = 63;                    // what is known of the direction
 constexpr int kSlots = 64;
 constexpr unsigned kNonFinite = 1, kNonZero = 2;
 constexpr int kSkip = -1;
