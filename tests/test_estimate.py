@@ -17,6 +17,7 @@ from zsq_fast.methods.held_out import HeldOut
 from zsq_fast.methods.synthesis import Synthesis
 
 SIZE = (3, 8, 8)
+LAYERS = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in residual().modules())  # whose weights are quantized
 
 
 def recipe(name: str, *more: str):
@@ -33,6 +34,9 @@ def recipe(name: str, *more: str):
         ("ait", {"generator steps": 360, "range calibration": 80, "student steps": 160, "held-out agreement": 4}),
         ("hast", {"image iterations": 90, "generator steps": 200, "range calibration": 80, "student steps": 160,
                   "held-out agreement": 4}),
+        ("zeroq_mixed", {"iterations of images to find bits": 100, "forward passes to find bits": 1 + 6 * LAYERS,
+                         "image iterations": 90, "generator steps": 200, "range calibration": 80, "student steps": 160,
+                         "held-out agreement": 4}),
     ],
 )  # fmt: skip
 def test_what_is_counted(name, counts, device):
@@ -40,7 +44,7 @@ def test_what_is_counted(name, counts, device):
     assert {stage.name: stage.count for stage in found.stages} == counts
     assert all(stage.each > 0 for stage in found.stages)
     assert found.seconds == pytest.approx(sum(s.count * s.each for s in found.stages))
-    assert found.image_set_bytes == (20 * 3 * 8 * 8 * 4 if name == "hast" else 0)
+    assert found.image_set_bytes == (20 * 3 * 8 * 8 * 4 if "image iterations" in counts else 0)
     assert found.peak_bytes is not None and (found.peak_bytes > 0 or device == "cpu")
 
 
@@ -70,7 +74,7 @@ def test_nothing_changes_and_nothing_is_written(tmp_path, monkeypatch):
     teacher = residual()
     before = {name: t.clone() for name, t in teacher.state_dict().items()}
     state = torch.get_rng_state()
-    for name in ("hast", "autorecon", "qimera_ait"):
+    for name in ("hast", "autorecon", "qimera_ait", "zeroq_mixed"):
         estimate(
             teacher, recipe(name, *(["generator.genotype=search"] if name == "autorecon" else [])), input_size=SIZE
         )
@@ -98,3 +102,9 @@ def test_what_a_run_refuses_is_refused():
     untrained = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(UnsupportedModelError, match="looks untrained"):
         estimate(untrained.eval(), recipe("ait"), input_size=SIZE)
+
+
+def test_bits_are_not_looked_for(monkeypatch):
+    """That can take longer than everything that is measured."""
+    monkeypatch.setattr("zsq_fast.methods.mixed.sensitivity", lambda *_, **__: pytest.fail("it ran"))
+    estimate(residual(), recipe("zeroq_mixed"), input_size=SIZE)

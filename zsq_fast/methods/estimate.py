@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
@@ -15,8 +16,9 @@ from torch import nn
 from zsq_fast import nn as znn
 from zsq_fast.methods.autorecon import SEARCH
 from zsq_fast.methods.held_out import HeldOut
-from zsq_fast.methods.images import synthesize_images
-from zsq_fast.methods.recipe import Generator, Recipe
+from zsq_fast.methods.images import ImageSet, synthesize_images
+from zsq_fast.methods.mixed import BITS, PROBES, weight_sites
+from zsq_fast.methods.recipe import Generator, Images, Recipe
 from zsq_fast.methods.trainer import Trainer
 from zsq_fast.runs import Progress
 
@@ -81,6 +83,10 @@ def estimate(
     if recipe.generator.genotype == SEARCH:  # a generator of the kind that would be found
         recipe = replace(recipe, generator=replace(recipe.generator, genotype=Generator.genotype))
     device = next(teacher.parameters()).device
+    mixed = bool(recipe.quant.average_weight_bits) and not recipe.quant.layer_bits
+    if mixed:  # the widths would have to be found: even ones take their place
+        even = [f"{name}={int(recipe.quant.average_weight_bits)}" for name in weight_sites(teacher, input_size)]
+        recipe = replace(recipe, quant=replace(recipe.quant, layer_bits=tuple(even)))
     before = _peak_bytes(device, reset=True)
     trainer = Trainer(
         teacher, recipe, input_size=input_size, seed=seed, channels_last=channels_last, force=force
@@ -95,7 +101,7 @@ def estimate(
             clock.advance()
         stages.append(Stage(name, count, clock.each))
 
-    if spec.enabled:
+    def synthesize(name: str, spec: Images) -> ImageSet:
         clock = _Clock(device)
         size = min(spec.count, spec.batch_size)
         images = synthesize_images(
@@ -107,8 +113,20 @@ def estimate(
             layout=trainer.layout,
             progress=clock,
         )
-        stages.append(Stage(IMAGE_STAGE, -(-spec.count // spec.batch_size) * spec.iterations, clock.each))
-        trainer._use_images(images)
+        stages.append(Stage(name, -(-spec.count // spec.batch_size) * spec.iterations, clock.each))
+        return images
+
+    if mixed:
+        probes = synthesize("iterations of images to find bits", PROBES).images.to(device)
+        network = copy.deepcopy(teacher).eval().to(memory_format=trainer.layout)
+
+        def forward(_: int) -> None:
+            with torch.no_grad():
+                network(probes.contiguous(memory_format=trainer.layout))
+
+        measure("forward passes to find bits", 1 + len(even) * len(BITS), forward)
+    if spec.enabled:
+        trainer._use_images(synthesize(IMAGE_STAGE, spec))
     measure("generator steps", recipe.generator_steps, synthesis.step)
     batch = synthesis.step(1 + TIMED)
 
