@@ -4,6 +4,7 @@
 
 The networks have random weights: nothing here depends on their values. Every pair runs in a process of its own, whose peak resident
 memory is recorded; batches are those of the short schedule: 16 images a step as published, image sets in batches of 32 instead of 256.
+On one thread of a CPU (OMP_NUM_THREADS=1) minutes are those that the process computed, so that other jobs on the machine do not count.
 Pairs that the record has already are left out.
 """
 
@@ -15,6 +16,7 @@ import json
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -34,9 +36,9 @@ def one(model: str, recipe: str) -> dict[str, object]:
     """Measured in this process."""
     torch.manual_seed(0)
     teacher = load_model(model).model
-    cost = estimate(
-        teacher, zsq.load_recipe(recipe, input_size=SIZE, schedule="short", overrides=SET), input_size=SIZE, force=True
-    )
+    short = zsq.load_recipe(recipe, input_size=SIZE, schedule="short", overrides=SET)
+    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    cost = estimate(teacher, short, input_size=SIZE, force=True, now=now)
     stages = {stage.name: round(stage.each * 1000 / 60, 1) for stage in cost.stages}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"minutes_per_1000": stages, "peak_bytes": peak}

@@ -177,7 +177,7 @@ def imagenet() -> str:
             "### ImageNet-sized networks",
             "",
             f"[Record](../benchmarks/results/{path.name}), {where['threads']} of {where['cores']} cores, torch {where['torch']}. "
-            "Minutes per 1,000 iterations of "
+            f"Minutes {'that one core computes ' if where['threads'] == 1 else ''}per 1,000 iterations of "
             f"{', '.join(IMAGENET_STAGES)} at 224 x 224, 16 images a step (synthesised images: 32), three iterations of each measured; "
             "and the most memory of the process.",
             "",

@@ -228,8 +228,7 @@ def test_gi_unusual_tensors(seeded: Kernels) -> None:
         assert kappa[3] == (126 if capped else 1)
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-@pytest.mark.parametrize("count, launches", [(80, 3), (83, 3), (801, 6)])
+@pytest.mark.parametrize("count, launches, weight_decay", [(80, 3, 0.3), (83, 3, 0.0), (83, 3, 0.3), (801, 6, 0.3)])
 def test_gi_launches_and_many_tensors(kernels: Kernels, count: int, launches: int, weight_decay: float) -> None:
     """Three launches for as many tensors as the larger of two argument tables holds."""
     weights, grads, momenta = gi_case([(2, 9)] * count)

@@ -108,3 +108,15 @@ def test_bits_are_not_looked_for(monkeypatch):
     """That can take longer than everything that is measured."""
     monkeypatch.setattr("zsq_fast.methods.mixed.sensitivity", lambda *_, **__: pytest.fail("it ran"))
     estimate(residual(), recipe("zeroq_mixed"), input_size=SIZE)
+
+
+def test_only_what_the_process_computes_counts(monkeypatch):
+    step = Synthesis.step
+
+    def waits(self, *args):
+        time.sleep(0.5)  # as if others had the machine
+        return step(self, *args)
+
+    monkeypatch.setattr(Synthesis, "step", waits)
+    found = estimate(residual(), recipe("rtn"), input_size=SIZE, now=time.process_time)
+    assert {stage.name: stage.each for stage in found.stages}["generator steps"] < 0.4

@@ -75,10 +75,12 @@ def estimate(
     seed: int = 0,
     channels_last: bool | None = None,
     force: bool = False,
+    now: Callable[[], float] = time.perf_counter,
 ) -> Estimate:
     """Measure one iteration of every stage: one to warm up, two that are timed.
 
-    Arguments and errors are those of `Trainer`. The teacher is not changed and nothing is written.
+    Arguments and errors are those of `Trainer`; `now` tells the time in seconds: `time.process_time` counts what the process's own
+    threads compute, whatever else the machine does. The teacher is not changed and nothing is written.
     """
     if recipe.generator.genotype == SEARCH:  # a generator of the kind that would be found
         recipe = replace(recipe, generator=replace(recipe.generator, genotype=Generator.genotype))
@@ -95,14 +97,14 @@ def estimate(
     stages: list[Stage] = []
 
     def measure(name: str, count: int, iteration: Callable[[int], Any]) -> None:
-        clock = _Clock(device)
+        clock = _Clock(device, now)
         for i in range(1 + TIMED):
             iteration(i)
             clock.advance()
         stages.append(Stage(name, count, clock.each))
 
     def synthesize(name: str, spec: Images) -> ImageSet:
-        clock = _Clock(device)
+        clock = _Clock(device, now)
         size = min(spec.count, spec.batch_size)
         images = synthesize_images(
             teacher,
@@ -156,14 +158,14 @@ def estimate(
 class _Clock(Progress):
     """Notes when each iteration ended."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, now: Callable[[], float]):
         super().__init__(quiet=True)
-        self.device, self.ends = device, list[float]()
+        self.device, self.now, self.ends = device, now, list[float]()
 
     def advance(self, n: int = 1, **_: Any) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.ends.append(time.perf_counter())
+        self.ends.append(self.now())
 
     @property
     def each(self) -> float:
