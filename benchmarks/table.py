@@ -178,7 +178,7 @@ def imagenet() -> str:
             "",
             f"[Record](../benchmarks/results/{path.name}), {where['threads']} of {where['cores']} cores, torch {where['torch']}. "
             f"Minutes {'that one core computes ' if where['threads'] == 1 else ''}per 1,000 iterations of "
-            f"{', '.join(IMAGENET_STAGES)} at 224 x 224, 16 images a step (synthesised images: 32), three iterations of each measured; "
+            f"{', '.join(IMAGENET_STAGES)} at 224 x 224, 16 images a step (synthesised images: 32), two iterations of each timed after one to warm up; "
             "and the most memory of the process.",
             "",
             "| recipe | " + " | ".join(models) + " |",

@@ -34,3 +34,5 @@ def test_compiles_cleanly(source: Path, gencode: list[str], tmp_path: Path) -> N
     kernels = re.findall(r"Compiling entry function '(\w+)' for '(sm_\d+)'", said)
     assert len(spills) >= len(kernels) >= len(gencode)
     assert [(name, n) for name, n in spills if n != "0"] == []
+    constants = [int(n) for n in re.findall(r"(\d+) bytes cmem\[0\]", said)]
+    assert max(constants, default=0) <= 40 << 10  # kernel arguments (at most 32,764 B) and the driver's own part (6.7 KB on sm_75)

@@ -81,9 +81,6 @@ def test_running_of_16_bits(plain, size, dtype, device):
     assert states[0][0].isnan()
 
 
-# ---- lists of weights --------------------------------------------------------------------------------------------------
-
-
 # ---- values that make no sense -------------------------------------------------------------------------------------------
 
 
@@ -109,6 +106,9 @@ def test_a_product_that_no_decay_has_gives_nan(dtype, size, beta, device):
         state = [torch.tensor(v, dtype=wide(dtype), device=device) for v in (-1.0, 1.0, beta)]
         assert update(x, *state, 4, 0.9, False).isnan().all()
         assert all(s.isnan() for s in state)
+
+
+# ---- lists of weights --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
