@@ -178,8 +178,8 @@ def imagenet() -> str:
             "",
             f"[Record](../benchmarks/results/{path.name}), {where['threads']} of {where['cores']} cores, torch {where['torch']}. "
             f"Minutes {'that one core computes ' if where['threads'] == 1 else ''}per 1,000 iterations of "
-            f"{', '.join(IMAGENET_STAGES)} at 224 x 224, 16 images a step (synthesised images: 32), two iterations of each timed after one to warm up; "
-            "and the most memory of the process.",
+            f"{', '.join(IMAGENET_STAGES)} at 224 x 224, 16 images a step (synthesised images: 32), two iterations of each "
+            "timed after one to warm up; and the most memory of the process.",
             "",
             "| recipe | " + " | ".join(models) + " |",
             "|---|" + "---:|" * len(models),
@@ -418,10 +418,11 @@ METHODS = {
 def method(recipes: list[str]) -> str:
     """Last epochs of a page's recipes."""
     found = {(r["recipe"]["name"], bits): r for bits in (4, 3) for _, r in _records(bits)}
-    lines = ["Measured (CIFAR-10 ResNet-20, short schedule, last epoch; [everything](../results.md)):", ""]
+    lines = ["Measured (CIFAR-10 ResNet-20, last epoch; [everything](../results.md)):", ""]
     for name in recipes:
         told = [
-            f"W{bits}A{bits} {r['results']['last']:.2f} (drop {r['results']['float'] - r['results']['last']:.2f})"
+            f"W{bits}A{bits} {r['results']['last']:.2f} "
+            f"(drop {r['results']['float'] - r['results']['last']:.2f}, {_steps(r)[1]:,} student steps)"
             for bits in (4, 3)
             if (r := found.get((name, bits)))
         ]

@@ -35,4 +35,5 @@ def test_compiles_cleanly(source: Path, gencode: list[str], tmp_path: Path) -> N
     assert len(spills) >= len(kernels) >= len(gencode)
     assert [(name, n) for name, n in spills if n != "0"] == []
     constants = [int(n) for n in re.findall(r"(\d+) bytes cmem\[0\]", said)]
-    assert max(constants, default=0) <= 40 << 10  # kernel arguments (at most 32,764 B) and the driver's own part (6.7 KB on sm_75)
+    # Kernel arguments (at most 32,764 B) and the driver's own part (6.7 KB on sm_75).
+    assert max(constants, default=0) <= 40 << 10
