@@ -144,7 +144,7 @@ ZSQ_HD bool gi_close(float share, double threshold) {
 struct GiOptions {
   double lr, momentum, weight_decay, threshold;
   int bits, search_steps;
-  bool nesterov, capped;
+  bool nesterov, capped, guaranteed;
 };
 
 // Step direction without weight decay, used by the search: b = momentum*v + g; d = g + momentum*b (Nesterov) or b.

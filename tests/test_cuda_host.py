@@ -193,6 +193,7 @@ DEFAULT = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0} |
     "threshold": 1e-2,
     "search_steps": 5,
     "capped": False,
+    "guaranteed": False,
 }
 
 
@@ -200,7 +201,7 @@ DEFAULT = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0} |
     "change",
     [{}, {"capped": True}, {"search_steps": 0}, {"search_steps": 2}, {"nesterov": False}, {"momentum": 0.0},
      {"weight_decay": 0.3}, {"threshold": 0.5}, {"bits": 8, "threshold": 0.1}, {"lr": 0.3}, {"threshold": 1.0},
-     {"threshold": 0.0}],
+     {"threshold": 0.0}, {"guaranteed": True}, {"guaranteed": True, "capped": True, "lr": 1e-6}],
     ids=str,
 )  # fmt: skip
 def test_gi_options(seeded: Kernels, change: dict) -> None:

@@ -307,6 +307,17 @@ def test_published_numbers():
         (["images.enabled=false"], "student.batch_size must be 0 when images.enabled is false"),
         (["student.enabled=false"], "images.enabled must be false when student.enabled is"),
         (["student.batch_size=-1"], "student.batch_size must be at least 1, or 0"),
+        (["quant.calibrate_on=image"], "quant.calibrate_on must be 'generator' or 'images'"),
+        (["quant.calibrate_on=images"], "schedule.held_out must be 0 when quant.calibrate_on is 'images'"),
+        (
+            ["quant.calibrate_on=images", "images.enabled=false", "student.batch_size=0"],
+            "calibrate_on must be 'generator'",
+        ),
+        (["student.optimizer=adagrad"], "student.optimizer must be 'sgd' or 'adam' or 'rmsprop'"),
+        (["student.betas=[0.9]"], "student.betas must be two numbers"),
+        (["student.square_decay=1"], "student.square_decay must be in"),
+        (["student.optimizer_eps=0"], "student.optimizer_eps must be positive"),
+        (["inundation.bisection=last"], "inundation.bisection must be 'faithful' or 'corrected'"),
     ],
 )
 def test_wrong_recipes(change, words):
@@ -335,6 +346,36 @@ def test_every_recipe_runs(name, device):
     assert "generator_bns" in result.history[1] and "generator_bns" not in result.history[2]
     assert "student_loss" not in result.history[1] and "student_loss" in result.history[2]
     assert all(m.frozen for m in result.student.modules() if isinstance(m, zsq.QuantAct))
+
+
+def test_zeroq_calibrates_and_trains_nothing(tmp_path, device):
+    """hast_family.md section 2: ranges are the extrema over the images, whole ones; no generator, no student step."""
+    given = ["images.count=8", "images.batch_size=8", "images.iterations=3", "student.batch_size=8"]
+    spec = load_recipe("zeroq_calibrated", input_size=SIZE, overrides=given, weight_bits=8, act_bits=8)
+    trainer = Trainer(residual().to(device), spec, input_size=SIZE, image_dir=tmp_path)
+    before = [p.detach().clone() for p in (*trainer.student.parameters(), *trainer.synthesis.generator.parameters())]
+    result = trainer.run()
+    assert spec.generator_steps == spec.student_steps == 0 and not result.evaluations
+    after = (*result.student.parameters(), *result.synthesis.generator.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+    seen: dict[str, list[Tensor]] = {}
+    acts = {name: m for name, m in result.student.named_modules() if isinstance(m, zsq.QuantAct)}
+    for name, act in acts.items():
+        act.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
+    assert trainer.batches is not None
+    result.student(trainer.batches.images)
+    for act in acts.values():
+        assert act.frozen and torch.isfinite(act.lo) and act.lo < act.hi
+    first = next(iter(seen))
+    assert torch.equal(acts[first].lo, seen[first][0].min()) and torch.equal(acts[first].hi, seen[first][0].max())
+
+
+def test_calibration_on_images_before_a_student(device):
+    """Ranges that follow the optimised images need no generator, student or not; the training batches begin where those ended."""
+    result = train("intraq", "quant.calibrate_on=images", "schedule.held_out=0")
+    assert "generator_bns" not in result.history[0] and "student_loss" in result.history[2]
+    other = train("intraq", "schedule.held_out=0")
+    assert not same_tensors(result.student, other.student)
 
 
 @pytest.mark.parametrize(

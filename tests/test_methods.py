@@ -157,19 +157,21 @@ def test_conditional_norm():
 # ---- trainer -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["rtn", "gdfq", "kl_only", "ait"])
+@pytest.mark.parametrize("name", ["rtn", "gdfq", "kl_only", "ait", "ait_adam", "ait_rmsprop"])
 def test_every_recipe_runs(name, device):
     result = train(name, teacher=tiny().to(device))
     assert len(result.history) == 4 and all(torch.isfinite(p).all() for p in result.student.parameters())
     assert not result.student.training and ("student_loss" in result.history[-1]) == (name != "rtn")
     assert all(m.frozen for m in result.student.modules() if isinstance(m, zsq.QuantAct))
-    assert ("update_ratio" in result.history[-1]) == (name == "ait")
+    assert ("update_ratio" in result.history[-1]) == name.startswith("ait")
 
 
 @pytest.mark.parametrize(
     "switch",
     ["quant.ema=reference", "student.kd_reduction=batchmean", "student.nesterov=false", "student.ce_weight=0.5",
-     "generator.kind=conditional", "inundation.search_steps=0", "inundation.capped_epochs=0", "student.weight_decay=0.01",
+     "generator.kind=conditional", "inundation.search_steps=0", "inundation.capped_epochs=0", "inundation.bisection=corrected",
+     "quant.ema=faithful", "quant.ema=extrema", "student.kd_reduction=corrected", "student.optimizer=adam",
+     "student.optimizer=rmsprop", "student.weight_decay=0.01",
      "generator.bns_weight=0"],
 )  # fmt: skip
 def test_every_switch_changes_the_result(switch):

@@ -75,6 +75,18 @@ def test_act_range_life(device):
         zsq.QuantAct(4, ema="emma")
 
 
+def test_extrema_never_shrink(device):
+    act, rng = zsq.QuantAct(4, ema="extrema").to(device), torch.Generator().manual_seed(0)
+    batches = [(torch.randn(5, 3, generator=rng) * scale).to(device) for scale in (1, 3, 0.1)]
+    for i, x in enumerate(batches):
+        y = act.train()(x.requires_grad_())
+        seen = torch.cat(batches[: i + 1]).detach()
+        assert torch.equal(act.lo, seen.min()) and torch.equal(act.hi, seen.max())
+        assert torch.equal(y, act.eval()(x))
+    act.train()(torch.full((2, 2), float("nan"), device=device))
+    assert act.lo.isnan() and act.hi.isnan()
+
+
 def test_layers_survive_copy_and_serialisation():
     student = zsq.convert(tiny(), 4, 4, input_size=(3, 8, 8))
     for m in student.modules():

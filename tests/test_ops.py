@@ -257,7 +257,7 @@ def samples(device: str) -> dict[str, tuple]:
         "fake_quant_act_running": (x, one[0], one[1], one[2], 4, 0.9, True),
         "bn_stats_match": (x, mean, var),
         "bn_stats_match_backward": (one[0].view(()), x.detach(), mean, var, mean, var),
-        "gi_sgd_": (weights, grads, momenta, kappa, changed, 1e-3, 0.9, True, 0.0, 4, 0.05, 5, False),
+        "gi_sgd_": (weights, grads, momenta, kappa, changed, 1e-3, 0.9, True, 0.0, 4, 0.05, 5, False, False),
     }  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def sound(name: str) -> Given:
         "kind": "channel",
         "activation": "relu",
     }
-    given |= dict.fromkeys(("plain", "clip", "affine", "batchmean", "both", "nesterov", "capped"), True)
+    given |= dict.fromkeys(("plain", "clip", "affine", "batchmean", "both", "nesterov", "capped", "guaranteed"), True)
     given |= dict.fromkeys(("decay", "momentum", "temperature", "threshold"), 0.5)
     given |= dict.fromkeys(
         ("eps", "lr", "weight_decay", "epsilon", "gamma", "kd_weight", "ce_weight", "grad_factor"), 0.1

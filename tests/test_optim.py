@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,6 +35,7 @@ def step(
     threshold=1e-3,
     search_steps=5,
     capped=False,
+    guaranteed=False,
 ):
     """Apply one step to copies; returns weights, momenta, kappa, changed."""
     w, v = [t.clone() for t in weights], [t.clone() for t in momenta]
@@ -52,6 +55,7 @@ def step(
         threshold,
         search_steps,
         capped,
+        guaranteed,
     )
     return w, v, kappa, changed
 
@@ -67,7 +71,16 @@ def both(*args, **kwargs):
 @pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize("threshold", [1e-1, 1e-3, 1e-6])
 @pytest.mark.parametrize(
-    "options", [{}, {"nesterov": False}, {"weight_decay": 1e-2}, {"search_steps": 0}, {"search_steps": 2}, {"bits": 8}]
+    "options",
+    [
+        {},
+        {"nesterov": False},
+        {"weight_decay": 1e-2},
+        {"search_steps": 0},
+        {"search_steps": 2},
+        {"bits": 8},
+        {"guaranteed": True},
+    ],
 )
 def test_equals_the_reference(capped, threshold, options, device):
     weights, grads, momenta = problem(SHAPES, device)
@@ -78,11 +91,67 @@ def test_equals_the_reference(capped, threshold, options, device):
 @settings(max_examples=150, deadline=None)
 @given(
     rows=st.integers(1, 12), cols=st.integers(1, 90), bits=st.integers(2, 8), lr=st.sampled_from([1e-7, 1e-4, 1.0]),
-    threshold=st.sampled_from([1e-4, 0.02, 0.5]), capped=st.booleans(), grad=st.sampled_from([1e-30, 1e-3, 1e3]),
+    threshold=st.sampled_from([1e-4, 0.02, 0.5]), capped=st.booleans(), guaranteed=st.booleans(), grad=st.sampled_from([1e-30, 1e-3, 1e3]),
     seed=st.integers(0, 2**20),
 )  # fmt: skip
-def test_sweep(rows, cols, bits, lr, threshold, capped, grad, seed):
-    both(*problem([(rows, cols)], grad=grad, seed=seed), lr=lr, bits=bits, threshold=threshold, capped=capped)
+def test_sweep(rows, cols, bits, lr, threshold, capped, guaranteed, grad, seed):
+    options = {"lr": lr, "bits": bits, "threshold": threshold, "capped": capped, "guaranteed": guaranteed}
+    both(*problem([(rows, cols)], grad=grad, seed=seed), **options)
+
+
+def test_last_midpoint_or_guaranteed_share():
+    """The published search may end below the threshold; guaranteed, it never does, and asks for no more than a step of the bisection."""
+    short = 0
+    for seed in range(40):
+        given = problem([(6, 50)], grad=1e-5, seed=seed)
+        options = {"lr": 1e-3, "threshold": 0.02, "search_steps": 4}
+        (_, _, last, moved), (_, _, reached, enough) = (both(*given, **options, guaranteed=g) for g in (False, True))
+        short += int(moved) < 0.02 * 300
+        assert int(enough) >= 0.02 * 300 and last <= reached <= last * (1 + 1 / 16)
+    assert short > 5
+
+
+ADAPTIVE = [
+    (zsq.optim.GIAdam, torch.optim.Adam, {"betas": (0.8, 0.99), "eps": 1e-6}),
+    (zsq.optim.GIRMSprop, torch.optim.RMSprop, {"alpha": 0.9, "eps": 1e-6}),
+]
+
+
+@pytest.mark.parametrize("mine, torchs, own", ADAPTIVE, ids=["adam", "rmsprop"])
+def test_adaptive_optimizers(mine, torchs, own, device):
+    """At a threshold of 0 torch's steps; above, the same directions amplified until enough codes change; bad gradients leave no trace."""
+    weights, _, _ = problem(SHAPES[:3], device)
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in weights] for _ in "ab")
+    a = mine(ours, lr=0.01, weight_decay=1e-2, threshold=0.0, **own)
+    b = torchs(theirs, lr=0.01, weight_decay=1e-2, **own)
+    for i in range(20):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = q.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(device)
+        a.step(), b.step()
+        assert a.kappa.tolist() == [1, 1, 1]
+        if i == 10:  # for one of ours alone
+            before, ours[1].grad = ours[1].detach().clone(), torch.full_like(ours[1], float("nan"))
+            a.step()
+            assert torch.equal(ours[1], before) and a.kappa.isnan().tolist() == [False, True, False]
+            ours[0].data.copy_(theirs[0]), ours[2].data.copy_(theirs[2])
+            for p, q in zip((ours[0], ours[2]), (theirs[0], theirs[2]), strict=True):
+                for name, value in a.state[p].items():
+                    value.copy_(b.state[q]["step" if name == "count" else name])
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    before = [p.detach().clone() for p in ours]
+    for group in a.param_groups:
+        group.update(lr=1e-9, threshold=0.05, guaranteed=True)
+    a.step()
+    assert (a.kappa > 1).all() and (a.changed >= 0.05 * a.changed.new_tensor([p.numel() for p in ours])).all()
+    assert not any(torch.equal(p, q) for p, q in zip(ours, before, strict=True))
+    again = mine([torch.nn.Parameter(p.detach().clone()) for p in ours], **own)
+    again.load_state_dict(copy.deepcopy(a.state_dict()))
+    for p, q in zip(ours, again.param_groups[0]["params"], strict=True):
+        q.grad = p.grad
+    a.step(), again.step()
+    for p, q in zip(ours, again.param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q)
 
 
 def _between_codes(w, bits=4):

@@ -42,22 +42,24 @@ struct Decision {
   int64_t changed;
 };
 
-// Bisection replayed from the counts; the result is the last midpoint, even one below the threshold.
+// Bisection replayed from the counts; the result is the last midpoint, even one below the threshold, or, guaranteed,
+// the upper end that is left.
 __device__ __forceinline__ Decision decide(const Count* counts, const GiTensor& t, const GiOptions& o, int doubled) {
   if (doubled == 0 || o.search_steps == 0)
     return {static_cast<double>(1ll << doubled), static_cast<int64_t>(counts[doubled])};
   int lo = 0, hi = 1 << o.search_steps, mid = hi;
-  int64_t changed = 0;
+  int64_t changed = 0, changed_at_hi = static_cast<int64_t>(counts[doubled]);
   for (int i = 0; i < o.search_steps; ++i) {
     mid = (lo + hi) / 2;
     changed = static_cast<int64_t>(counts[kMids + mid - 1]);
     const float share = gi_share(changed, elements(t));
-    if (gi_close(share, o.threshold)) break;
     if (share < static_cast<float>(o.threshold))
       lo = mid;
     else
-      hi = mid;
+      hi = mid, changed_at_hi = changed;
+    if (gi_close(share, o.threshold)) break;
   }
+  if (o.guaranteed) return {kappa_at(doubled, hi, o.search_steps), changed_at_hi};
   return {kappa_at(doubled, mid, o.search_steps), changed};
 }
 

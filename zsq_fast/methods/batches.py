@@ -35,7 +35,7 @@ class ImageBatches:
     Args:
         images: moved to `device`.
         batch_size: may be any number; a batch may end one pass over the images and begin the next.
-        scale: area of a crop as a share of the image, lowest and highest.
+        scale: area of a crop as a share of the image, lowest and highest; (1, 1) without flips takes whole images.
         flip: probability of a mirrored crop.
         layout: memory format of the batches.
         radius: of the low-pass filter on the crops (`low_pass`); 0: none.
@@ -78,7 +78,9 @@ class ImageBatches:
         """Batch number `step`: crops `[batch_size, C, H, W]` and their labels."""
         chosen = self.indices(step)
         rng = torch.Generator(chosen.device).manual_seed(derive_seed(self.seed, "crops", step))
-        crops = random_crops(self.images[chosen], rng, self.scale, self.flip)
+        crops = self.images[chosen]
+        if self.scale != (1, 1) or self.flip:
+            crops = random_crops(crops, rng, self.scale, self.flip)
         if self.radius:
             crops = low_pass(crops, self.radius)
         return Batch(crops.contiguous(memory_format=self.layout), self.labels[chosen])

@@ -17,8 +17,9 @@ from zsq_fast import nn as znn
 from zsq_fast.methods.autorecon import SEARCH
 from zsq_fast.methods.held_out import HeldOut
 from zsq_fast.methods.images import ImageSet, synthesize_images
-from zsq_fast.methods.mixed import BITS, PROBES, weight_sites
+from zsq_fast.methods.mixed import BITS, PROBES, bits_are_open, even_bits
 from zsq_fast.methods.recipe import Generator, Images, Recipe
+from zsq_fast.methods.search import Search
 from zsq_fast.methods.trainer import Trainer
 from zsq_fast.runs import Progress
 
@@ -41,7 +42,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would take, without evaluations, checkpoints and the search for a generator.
+    """What a run would take, without evaluations and checkpoints.
 
     Attributes:
         stages: in the order of a run.
@@ -82,13 +83,11 @@ def estimate(
     Arguments and errors are those of `Trainer`; `now` tells the time in seconds: `time.process_time` counts what the process's own
     threads compute, whatever else the machine does. The teacher is not changed and nothing is written.
     """
+    asked = recipe
     if recipe.generator.genotype == SEARCH:  # a generator of the kind that would be found
         recipe = replace(recipe, generator=replace(recipe.generator, genotype=Generator.genotype))
     device = next(teacher.parameters()).device
-    mixed = bool(recipe.quant.average_weight_bits) and not recipe.quant.layer_bits
-    if mixed:  # the widths would have to be found: even ones take their place
-        even = [f"{name}={int(recipe.quant.average_weight_bits)}" for name in weight_sites(teacher, input_size)]
-        recipe = replace(recipe, quant=replace(recipe.quant, layer_bits=tuple(even)))
+    recipe = even_bits(recipe, teacher, input_size)
     before = _peak_bytes(device, reset=True)
     trainer = Trainer(
         teacher, recipe, input_size=input_size, seed=seed, channels_last=channels_last, force=force
@@ -104,21 +103,13 @@ def estimate(
         stages.append(Stage(name, count, clock.each))
 
     def synthesize(name: str, spec: Images) -> ImageSet:
-        clock = _Clock(device, now)
-        size = min(spec.count, spec.batch_size)
-        images = synthesize_images(
-            teacher,
-            replace(spec, count=size, iterations=1 + TIMED),
-            input_size,
-            synthesis.num_classes,
-            seed,
-            layout=trainer.layout,
-            progress=clock,
+        each, images = time_images(
+            teacher, spec, input_size, synthesis.num_classes, seed, layout=trainer.layout, now=now
         )
-        stages.append(Stage(name, -(-spec.count // spec.batch_size) * spec.iterations, clock.each))
+        stages.append(Stage(name, -(-spec.count // spec.batch_size) * spec.iterations, each))
         return images
 
-    if mixed:
+    if bits_are_open(asked):
         probes = synthesize("iterations of images to find bits", PROBES).images.to(device)
         network = copy.deepcopy(teacher).eval().to(memory_format=trainer.layout)
 
@@ -126,11 +117,19 @@ def estimate(
             with torch.no_grad():
                 network(probes.contiguous(memory_format=trainer.layout))
 
-        measure("forward passes to find bits", 1 + len(even) * len(BITS), forward)
+        measure("forward passes to find bits", 1 + len(recipe.quant.layer_bits) * len(BITS), forward)
+    if asked.generator.kind == "autorecon" and asked.generator.genotype == SEARCH:
+        search = Search(teacher, asked, input_size, seed, trainer.layout)
+        measure("search steps", asked.generator.search_steps, search.step)
+        del search  # a run has none of it left either
     if spec.enabled:
         trainer._use_images(synthesize(IMAGE_STAGE, spec))
-    measure("generator steps", recipe.generator_steps, synthesis.step)
-    batch = synthesis.step(1 + TIMED)
+    if recipe.quant.calibrate_on == "images":
+        assert trainer.batches is not None
+        batch = trainer.batches.batch(0)
+    else:
+        measure("generator steps", recipe.generator_steps, synthesis.step)
+        batch = synthesis.step(1 + TIMED)
 
     def calibrate(_: int) -> None:
         with torch.no_grad(), znn.calibrating(trainer.student):
@@ -153,6 +152,23 @@ def estimate(
     peak = None if after is None or before is None else after - (0 if device.type == "cuda" else before)
     total = spec.count * math.prod(input_size) * 4 if spec.enabled else 0
     return Estimate(tuple(stages), peak, total, str(device))
+
+
+def time_images(
+    teacher: nn.Module,
+    spec: Images,
+    input_size: Sequence[int],
+    num_classes: int,
+    seed: int,
+    *,
+    layout: torch.memory_format,
+    now: Callable[[], float] = time.perf_counter,
+) -> tuple[float, ImageSet]:
+    """Seconds of one iteration of optimised images, and the batch it was measured on. Arguments: see `synthesize_images`."""
+    clock = _Clock(next(teacher.parameters()).device, now)
+    few = replace(spec, count=min(spec.count, spec.batch_size), iterations=1 + TIMED)
+    images = synthesize_images(teacher, few, input_size, num_classes, seed, layout=layout, progress=clock)
+    return clock.each, images
 
 
 class _Clock(Progress):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from zsq_fast.errors import UsageError, nearest
+from zsq_fast.methods.autorecon import check_source
+from zsq_fast.nn.layers import EMAS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,11 +23,31 @@ else:
 
 LARGE_INPUT = 64  # pixels; above, a recipe's [large] tables apply (the papers' ImageNet settings)
 SCHEDULES = ("paper", "short")
+LONGEST_SHOWN = 200  # characters of a wrong value in a message
+LARGEST = 10**15  # whole numbers stay below; floats hold all of those
+MOST_HELD_OUT = 10_000_000  # images; all of them are made at once, and kept
+
+
+QUIRK = ("faithful", "corrected")  # as the published code computes it, or as it evidently was meant
+
+
+def _shown(value: Any) -> str:
+    """`repr`, short; some values that TOML can spell have none (thousands of digits or of nested tables)."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def _require(ok: bool, name: str, rule: str, value: Any) -> None:
     if not ok:
-        raise UsageError(f"recipe option {name} must be {rule}, got {value!r}")
+        raise UsageError(f"recipe option {name} must be {rule}, got {_shown(value)}")
+
+
+def _same_as(options: Any, name: str, **values: str) -> None:
+    """Other words for the values of an option."""
+    object.__setattr__(options, name, values.get(getattr(options, name), getattr(options, name)))
 
 
 @dataclass(frozen=True)
@@ -33,7 +56,10 @@ class Quant:
 
     Attributes:
         weight_bits, act_bits: 2 to 8, of every weight and activation.
-        ema: range tracking of the activations, see `zsq_fast.nn.QuantAct`.
+        ema: range tracking of the activations, see `zsq_fast.nn.QuantAct`; "faithful" and "corrected" stand for "reference" and
+            "plain".
+        calibrate_on: what the activation ranges follow during `schedule.calibration_epochs`: batches of the "generator", or of the
+            optimised "images", in whole and without a generator (ZeroQ).
         average_weight_bits: 0, or 2 to 8: every layer's weight gets bits of its own instead of `weight_bits`, the least sensitive
             assignment whose packed weights are no larger than at this many bits throughout (ZeroQ's mixed precision).
         layer_bits: texts "layer=bits" of all such layers. Empty, with an average set: a run searches before it begins, and its
@@ -47,6 +73,7 @@ class Quant:
     weight_bits: int = 4
     act_bits: int = 4
     ema: str = "reference"
+    calibrate_on: str = "generator"
     average_weight_bits: float = 0.0
     layer_bits: tuple[str, ...] = ()
     start: str = "nearest"
@@ -55,7 +82,14 @@ class Quant:
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits"):
             _require(2 <= getattr(self, name) <= 8, f"quant.{name}", "an integer from 2 to 8", getattr(self, name))
-        _require(self.ema in ("reference", "plain"), "quant.ema", "'reference' or 'plain'", self.ema)
+        _same_as(self, "ema", faithful="reference", corrected="plain")
+        _require(self.ema in EMAS, "quant.ema", " or ".join(map(repr, EMAS)), self.ema)
+        _require(
+            self.calibrate_on in ("generator", "images"),
+            "quant.calibrate_on",
+            "'generator' or 'images'",
+            self.calibrate_on,
+        )
         average = self.average_weight_bits
         _require(average == 0 or 2 <= average <= 8, "quant.average_weight_bits", "0 or from 2 to 8", average)
         for text in self.layer_bits:
@@ -112,7 +146,8 @@ class Schedule:
     held_out: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.held_out >= 0, "schedule.held_out", "at least 0", self.held_out)
+        _require(0 <= self.held_out <= MOST_HELD_OUT, "schedule.held_out", f"from 0 to {MOST_HELD_OUT}", self.held_out)
+        _require(all(m >= 0 for m in self.milestones), "schedule.milestones", "epoch indices of at least 0", self.milestones)
         for name in ("epochs", "iterations", "batch_size", "calibration_epochs"):
             _require(getattr(self, name) >= 1, f"schedule.{name}", "at least 1", getattr(self, name))
         _require(
@@ -135,7 +170,8 @@ class Schedule:
         return self.epochs * self.iterations
 
 
-QUIRK = ("faithful", "corrected")  # as the published code computes it, or as it evidently was meant
+def _below_one(betas: Sequence[float]) -> bool:
+    return len(betas) == 2 and all(0 <= b < 1 for b in betas)
 
 
 @dataclass(frozen=True)
@@ -168,12 +204,7 @@ class Generator:
         least = {"qimera": 0, "autorecon": 3}.get(self.kind, 1)
         _require(self.latent >= least, "generator.latent", f"at least {least} for kind '{self.kind}'", self.latent)
         _require(self.lr > 0, "generator.lr", "positive", self.lr)
-        _require(
-            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-            "generator.betas",
-            "two numbers in [0, 1)",
-            self.betas,
-        )
+        _require(_below_one(self.betas), "generator.betas", "two numbers in [0, 1)", self.betas)
         for name in ("norm_eps", "embedding_norm", "affine_scaling"):
             _require(
                 getattr(self, name) in QUIRK, f"generator.{name}", "'faithful' or 'corrected'", getattr(self, name)
@@ -183,7 +214,9 @@ class Generator:
         )
         p = self.superpose_probability
         _require(0 <= p <= 1, "generator.superpose_probability", "in [0, 1]", p)
-        _require(self.noise_scale >= 0, "generator.noise_scale", "at least 0", self.noise_scale)
+        for name in ("ce_weight", "bns_weight", "noise_scale"):
+            _require(getattr(self, name) >= 0, f"generator.{name}", "at least 0", getattr(self, name))
+        check_source(self.genotype)
         for name in ("superposed_classes", "search_steps"):
             _require(getattr(self, name) >= 1, f"generator.{name}", "at least 1", getattr(self, name))
         for name in ("search_lr", "search_temperature"):
@@ -191,6 +224,7 @@ class Generator:
 
 
 _STUDENT_CHOICES = {
+    "optimizer": ("sgd", "adam", "rmsprop"),
     "kd_reduction": ("mean", "batchmean"),
     "alignment": ("channel", "direct", "spatial"),
     "promote_by": ("kl", "fa", "kl+fa"),
@@ -206,8 +240,11 @@ class Student:
     Attributes:
         batch_size, crop_scale, flip: of the batches of optimised images, each image through a random resized crop of this share
             of its area, mirrored with probability `flip`; batch_size 0 is schedule.batch_size. No part in other recipes.
-        ce_weight, kd_weight, kd_reduction: factors of CE and of `temperature^2 * KL`; "mean" divides by batch and classes,
-            "batchmean" by the batch.
+        lr, weight_decay: of every optimizer; the decay is added to the gradient.
+        optimizer: "sgd" with `momentum` and `nesterov`, "adam" with `betas`, or "rmsprop" with `square_decay`; the last two divide by
+            a root plus `optimizer_eps`.
+        ce_weight, kd_weight, kd_reduction: factors of CE and of `temperature^2 * KL`; "mean" divides by batch and classes (as AIT's
+            family is released, "faithful" for short), "batchmean" by the batch ("corrected").
         feature_weight: lambda, of the feature alignment summed over the layers; 0 leaves it out.
         alignment: "channel" attention (relaxed, HAST eq. 12), "spatial" attention, or "direct", the features themselves.
         feature_points: module names; empty: found by structure (`zsq_fast.nn.feature_points`).
@@ -228,9 +265,13 @@ class Student:
     batch_size: int = 0
     crop_scale: tuple[float, float] = (0.5, 1.0)
     flip: float = 0.5
+    optimizer: str = "sgd"
     lr: float = 1e-4
     momentum: float = 0.9
     nesterov: bool = True
+    betas: tuple[float, float] = (0.9, 0.999)
+    square_decay: float = 0.99
+    optimizer_eps: float = 1e-8
     weight_decay: float = 1e-4
     ce_weight: float = 1.0
     kd_weight: float = 1.0
@@ -261,6 +302,10 @@ class Student:
         _require(self.lr > 0, "student.lr", "positive", self.lr)
         _require(0 <= self.momentum < 1, "student.momentum", "in [0, 1)", self.momentum)
         _require(not self.nesterov or self.momentum > 0, "student.nesterov", "false without momentum", self.nesterov)
+        _require(_below_one(self.betas), "student.betas", "two numbers in [0, 1)", self.betas)
+        _require(0 <= self.square_decay < 1, "student.square_decay", "in [0, 1)", self.square_decay)
+        _require(self.optimizer_eps > 0, "student.optimizer_eps", "positive", self.optimizer_eps)
+        _same_as(self, "kd_reduction", faithful="mean", corrected="batchmean")
         _require(self.temperature > 0, "student.temperature", "positive", self.temperature)
         weights = (
             "ce_weight",
@@ -301,14 +346,26 @@ class Student:
 
 @dataclass(frozen=True)
 class Inundation:
+    """Gradient inundation of AIT, whatever the optimizer; ait_family.md 7.2.
+
+    Attributes:
+        threshold: share of the integer codes of each weight that a step should change; follows the schedule's milestones.
+        search_steps: bisection steps for the factor of a step, 0 to 5.
+        bisection: the factor is the last one tried, which may fall short of the threshold ("faithful"), or the smallest one tried
+            that reaches it ("corrected").
+        capped_epochs: epochs of student training during which the factor stays at most 128.
+    """
+
     enabled: bool = False
     threshold: float = 1e-3
     search_steps: int = 5
+    bisection: str = "faithful"
     capped_epochs: int = 1
 
     def __post_init__(self) -> None:
         _require(0 < self.threshold <= 1, "inundation.threshold", "a share of codes in (0, 1]", self.threshold)
         _require(0 <= self.search_steps <= 5, "inundation.search_steps", "0 to 5", self.search_steps)
+        _require(self.bisection in QUIRK, "inundation.bisection", "'faithful' or 'corrected'", self.bisection)
         _require(self.capped_epochs >= 0, "inundation.capped_epochs", "at least 0", self.capped_epochs)
 
 
@@ -398,8 +455,17 @@ class Recipe:
         epochs, warmup = self.schedule.epochs, self.schedule.warmup_epochs
         _require(not self.student.enabled or epochs > warmup, "schedule.epochs",
                  f"more than schedule.warmup_epochs ({warmup}), or the student takes no step", epochs)  # fmt: skip
-        _require(self.student.enabled or not self.images.enabled, "images.enabled",
+        on_images = self.quant.calibrate_on == "images"
+        _require(self.student.enabled or on_images or not self.images.enabled, "images.enabled",
                  "false when student.enabled is: nothing would use the images", self.images.enabled)  # fmt: skip
+        _require(
+            self.images.enabled or not on_images,
+            "quant.calibrate_on",
+            "'generator' when images.enabled is false",
+            "images",
+        )
+        _require(not on_images or not self.schedule.held_out, "schedule.held_out",
+                 "0 when quant.calibrate_on is 'images': there is no generator to draw them from", self.schedule.held_out)  # fmt: skip
         _require(not self.inundation.enabled or self.quant.ranges == "minmax", "inundation.enabled",
                  "false when quant.ranges is 'learned': it counts codes of the min/max grid", self.inundation.enabled)  # fmt: skip
         _require(self.images.enabled or not self.student.batch_size, "student.batch_size",
@@ -414,7 +480,9 @@ class Recipe:
 
     @property
     def generator_steps(self) -> int:
-        """All of them, or those of the warm-up when the student then trains on optimised images."""
+        """All of them, or those of the warm-up when the student then trains on optimised images, or none if these calibrate too."""
+        if self.quant.calibrate_on == "images":
+            return 0
         epochs = self.schedule.warmup_epochs if self.images.enabled else self.schedule.epochs
         return epochs * self.schedule.iterations
 
@@ -426,33 +494,43 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """Raises UsageError for an unknown key (nearest name offered), a wrong type or a value out of range."""
-        sections = {f.name: f for f in dataclasses.fields(cls)}
         types = get_type_hints(cls)
-        made: dict[str, Any] = {}
-        for key, value in values.items():
-            if key not in sections:
-                raise UsageError(f"unknown recipe section '{key}'.{nearest(key, sections)}")
-            made[key] = (
-                _section(key, types[key], value) if dataclasses.is_dataclass(types[key]) else _typed(key, str, value)
-            )
-        return cls(**made)
+        checked = _checked(values)
+        return cls(**{key: value if isinstance(value, str) else types[key](**value) for key, value in checked.items()})
 
 
-def _section(section: str, cls: Any, values: Any) -> Any:
+def _checked(values: Mapping[str, Any], where: str = "", more: Sequence[str] = ()) -> dict[str, Any]:
+    """The sections and texts of a recipe, or of the part of its file whose names begin with `where`, all of their types.
+
+    Args:
+        more: other keys that belong there, for the message alone.
+    """
+    types = get_type_hints(Recipe)
+    checked: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in types:
+            raise UsageError(f"unknown recipe section '{where}{key}'.{nearest(key, (*types, *more))}")
+        check = _options if dataclasses.is_dataclass(types[key]) else _typed
+        checked[key] = check(f"{where}{key}", types[key], value)
+    return checked
+
+
+def _options(section: str, cls: Any, values: Any) -> dict[str, Any]:
+    """The options of a table, of their types."""
     if not isinstance(values, Mapping):
-        raise UsageError(f"recipe section '{section}' must be a table of options, got {values!r}")
+        raise UsageError(f"recipe section '{section}' must be a table of options, got {_shown(values)}")
     types = get_type_hints(cls)
     for key in values:
         if key not in types:
             raise UsageError(f"unknown recipe option '{section}.{key}'.{nearest(key, types)}")
-    return cls(**{key: _typed(f"{section}.{key}", types[key], value) for key, value in values.items()})
+    return {key: _typed(f"{section}.{key}", types[key], value) for key, value in values.items()}
 
 
 def _typed(name: str, kind: Any, value: Any) -> Any:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is float and number and value == value and abs(value) != float("inf"):
+    if kind is float and number and abs(value) <= sys.float_info.max:
         return float(value)
-    if kind is int and number and float(value).is_integer():
+    if kind is int and number and abs(value) < LARGEST and float(value).is_integer():
         return int(value)
     if kind in (str, bool) and isinstance(value, kind):
         return value
@@ -460,7 +538,9 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
         element = kind.__args__[0]
         return tuple(_typed(name, element, v) for v in value)
     words = {float: "a finite number", int: "a whole number", str: "a text", bool: "true or false"}
-    raise UsageError(f"recipe option {name} must be {words.get(kind, 'a list of numbers')}, got {value!r}")
+    if kind is int and number and abs(value) >= LARGEST:  # infinity too
+        words[int] = f"a whole number below {LARGEST:.0e}"
+    raise UsageError(f"recipe option {name} must be {words.get(kind, 'a list of numbers')}, got {_shown(value)}")
 
 
 def _merge(base: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
@@ -468,7 +548,7 @@ def _merge(base: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping):
             below = base.get(key, {})
             if not isinstance(below, Mapping):
-                raise UsageError(f"recipe entry '{key}' is {below!r}, not a table of options")
+                raise UsageError(f"recipe entry '{key}' is {_shown(below)}, not a table of options")
             value = _merge(dict(below), value)
         base[key] = value
     return base
@@ -488,36 +568,50 @@ def available_recipes() -> dict[str, str]:
 def _read(name_or_path: str) -> dict[str, Any]:
     builtin = _builtin()
     if not isinstance(name_or_path, str) or (name_or_path not in builtin and not name_or_path.endswith(".toml")):
-        raise UsageError(f"unknown recipe {name_or_path!r}.{nearest(str(name_or_path), builtin)} Or give a .toml file.")
+        near = nearest(name_or_path, builtin) if isinstance(name_or_path, str) else ""
+        raise UsageError(f"unknown recipe {_shown(name_or_path)}.{near} Or give a .toml file.")
     try:
-        table = tomllib.loads(builtin.get(name_or_path, Path(name_or_path)).read_text(encoding="utf-8"))
+        data = builtin.get(name_or_path, Path(name_or_path)).read_bytes()
     except OSError as error:
         raise UsageError(f"the recipe file '{name_or_path}' cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no name of a file: a zero byte, half a surrogate pair
+        raise UsageError(f"the recipe file {name_or_path!r} cannot be read: {error}") from error
+    try:
+        table = tomllib.loads(data.decode())
+    except RecursionError as error:
+        raise UsageError(f"the recipe '{name_or_path}' is nested too deeply.") from error
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, thousands of digits
         raise UsageError(f"the recipe '{name_or_path}' is not valid TOML: {error}") from error
     return table
 
 
 def _resolve(name: str, large: bool, schedule: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The tables of a file over those of its parents, each file's [large] and [short] tables settled before its child's."""
-    if name in children:
-        raise UsageError(f"the recipe '{name}' extends itself; remove or change its line 'extends'.")
+    """The tables of a file over those of its parents, each file's [large] and [short] tables settled before its child's.
+
+    Keys and types of all tables are checked, be they used or not. A parent's path is relative to the file that names it.
+    """
     table = _read(name)
+    file = name if name in _builtin() else os.path.realpath(name)
+    if file in children:
+        raise UsageError(f"the recipe '{name}' extends itself; remove or change its line 'extends'.")
     parent = table.pop("extends", None)
-    resolved = {} if parent is None else _resolve(parent, large, schedule, (*children, name))
+    if file != name and isinstance(parent, str) and parent not in _builtin():
+        parent = os.path.join(os.path.dirname(name), parent) if parent.endswith(".toml") else parent
+    resolved = {} if parent is None else _resolve(parent, large, schedule, (*children, file))
     for_large, short = table.pop("large", {}), table.pop("short", {})
     for_short_large = short.pop("large", {}) if isinstance(short, dict) else {}
-    layers = [
-        (True, table),
-        (large, for_large),
-        (schedule == "short", short),
-        (large and schedule == "short", for_short_large),
+    layers: list[tuple[bool, Any, str, tuple[str, ...]]] = [
+        (True, table, "", ("extends", "large", "short")),
+        (large, for_large, "large.", ()),
+        (schedule == "short", short, "short.", ("large",)),
+        (large and schedule == "short", for_short_large, "short.large.", ()),
     ]
-    for applies, layer in layers:
+    for applies, layer, where, more in layers:
         if not isinstance(layer, Mapping):
-            raise UsageError(f"[large] and [short] of the recipe '{name}' must be tables, got {layer!r}")
+            raise UsageError(f"[large] and [short] of the recipe '{name}' must be tables, got {_shown(layer)}")
+        checked = _checked(layer, where, more)
         if applies:
-            _merge(resolved, layer)
+            _merge(resolved, checked)
     return resolved
 
 
@@ -525,11 +619,12 @@ def parse_override(text: str) -> dict[str, Any]:
     """`section.option=value` as a nested table; the value in TOML syntax, a bare word counts as a text."""
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
-    if not equals or len(parts) != 2 or not all(parts):
-        raise UsageError(f"'{text}' is no override; write section.option=value, for example schedule.epochs=10")
+    if not equals or len(parts) != 2 or not all(parts) or "\n" in text or "\r" in text:
+        shown = text if text.isprintable() else repr(text)[1:-1]
+        raise UsageError(f"'{shown}' is no override; write section.option=value, for example schedule.epochs=10")
     try:
         parsed = tomllib.loads(f"v = {value}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, or more of it than can be read
         parsed = value.strip()
     return {parts[0]: {parts[1]: parsed}}
 

@@ -31,5 +31,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         p = params[int(index)]
-        own = torch.empty_like(p) if value.shape == p.shape and name != "step" else torch.empty_like(value)
+        if name == "step":
+            own = torch.empty_like(value)
+        else:
+            own = torch.empty_like(p if value.shape == p.shape else value, device=p.device)
         optimizer.state[p][name] = own.copy_(value)

@@ -22,7 +22,7 @@ from zsq_fast.methods.held_out import HeldOut, chosen_record
 from zsq_fast.methods.images import ImageSet, cached_images, synthesize_images
 from zsq_fast.methods.meters import Meters
 from zsq_fast.methods.mixed import settle_bits
-from zsq_fast.methods.recipe import Images, Quant, Recipe
+from zsq_fast.methods.recipe import Images, Quant, Recipe, Student
 from zsq_fast.methods.search import settle_genotype
 from zsq_fast.methods.state import State, optimizer_tensors, restore_optimizer
 from zsq_fast.methods.steps import StudentStep
@@ -30,10 +30,40 @@ from zsq_fast.methods.synthesis import Batch, Synthesis
 from zsq_fast.methods.updates import NetUpdates, weights_by_bits
 from zsq_fast.nn.layers import SMALLEST_STEP
 from zsq_fast.nn.taps import look_untrained
-from zsq_fast.optim import GISGD
+from zsq_fast.optim import GISGD, GIAdam, GIRMSprop
 from zsq_fast.runs import Progress, RunDir, StopRequest
 
 SETTLING_UPDATES = 175  # of the published range tracker, to within 0.1 % (ait_family.md section 2)
+
+
+# Of `student.optimizer`: of the parameters that are not quantized, and of the weights whose codes inundation counts.
+OPTIMIZERS: dict[str, tuple[Any, Any]] = {
+    "sgd": (torch.optim.SGD, GISGD),
+    "adam": (torch.optim.Adam, GIAdam),
+    "rmsprop": (torch.optim.RMSprop, GIRMSprop),
+}
+
+
+def optimizer_options(spec: Student) -> dict[str, Any]:
+    """What is the optimizer's own."""
+    own: dict[str, dict[str, Any]] = {
+        "sgd": {"momentum": spec.momentum, "nesterov": spec.nesterov},
+        "adam": {"betas": spec.betas, "eps": spec.optimizer_eps},
+        "rmsprop": {"alpha": spec.square_decay, "eps": spec.optimizer_eps},
+    }
+    return own[spec.optimizer]
+
+
+def check_teacher(teacher: nn.Module, *, force: bool = False) -> None:
+    """Raises UnsupportedModelError for a network that no images can be made of: untrained (but for `force`), or not float32."""
+    if look_untrained(znn.usable_batch_norms(teacher)) and not force:
+        raise UnsupportedModelError(
+            "every batch-norm statistic has its initial value (mean 0, variance 1): the model looks untrained; load a "
+            "trained checkpoint, or use force (--force) to go on."
+        )
+    other = next((p.dtype for p in teacher.parameters() if p.dtype != torch.float32), None)
+    if other is not None:
+        raise UnsupportedModelError(f"the model holds {other} parameters; training needs float32: call .float() first.")
 
 
 def make_student(teacher: nn.Module, quant: Quant, input_size: Sequence[int]) -> nn.Module:
@@ -123,16 +153,7 @@ class Trainer:
         self.recipe, self.input_size, self.seed, self.run_dir = recipe, tuple(input_size), seed, run
         self.evaluate, self.eval_every, self.progress = evaluate, eval_every, progress or Progress(quiet=True)
         self.on_epoch = on_epoch
-        if look_untrained(znn.usable_batch_norms(teacher)) and not force:
-            raise UnsupportedModelError(
-                "every batch-norm statistic has its initial value (mean 0, variance 1): the model looks untrained; load a "
-                "trained checkpoint, or use force (--force) to go on."
-            )
-        other = next((p.dtype for p in teacher.parameters() if p.dtype != torch.float32), None)
-        if other is not None:
-            raise UnsupportedModelError(
-                f"the model holds {other} parameters; training needs float32: call .float() first."
-            )
+        check_teacher(teacher, force=force)
         settling = recipe.schedule.calibration_epochs * recipe.schedule.iterations
         if recipe.quant.ema == "reference" and settling < SETTLING_UPDATES:
             warnings.warn(
@@ -151,16 +172,19 @@ class Trainer:
             znn.balanced_rounding_(self.student)
         self.student.eval().requires_grad_(True).to(memory_format=self.layout)
         self.summary = znn.summarize(self.student)
-        self.recipe = recipe = settle_genotype(recipe, teacher, self.input_size, seed, self.layout)
+        self.recipe = recipe = settle_genotype(recipe, teacher, self.input_size, seed, self.layout, self.progress)
         if share is not None:
             theirs, mine = (
-                (t.recipe.generator, t.recipe.images.enabled, t.recipe.schedule, t.seed, t.input_size, t.layout)
+                (
+                    *(t.recipe.generator, t.recipe.images.enabled, t.recipe.quant.calibrate_on, t.recipe.schedule),
+                    *(t.seed, t.input_size, t.layout),
+                )
                 for t in (share, self)
             )
             if theirs != mine or share.synthesis.source is not teacher:
                 raise UsageError(
-                    "trainers can share images only with the same teacher, generator, images.enabled, schedule, seed, input "
-                    "size and layout"
+                    "trainers can share images only with the same teacher, generator, images.enabled, quant.calibrate_on, schedule, "
+                    "seed, input size and layout"
                 )
             self.synthesis: Synthesis = share.synthesis
         else:
@@ -188,20 +212,20 @@ class Trainer:
         self.inundated: dict[str, Any] = {name: m.weight for group in groups.values() for name, m in group.items()}
         self.learned: list[Tensor] = list(znn.learned_steps(self.student).values())
         taken = {id(p) for p in (*self.inundated.values(), *self.learned)}
-        sgd: dict[str, Any] = dict(
-            lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov, weight_decay=spec.weight_decay
-        )
+        options = {"lr": spec.lr, "weight_decay": spec.weight_decay, **optimizer_options(spec)}
+        plain, inundating = OPTIMIZERS[spec.optimizer]
         rest = [p for p in self.student.parameters() if id(p) not in taken]
-        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(rest, **sgd)] if rest else []
+        self.optimizers: list[torch.optim.Optimizer] = [plain(rest, **options)] if rest else []
         if self.learned:
             self.optimizers[0].add_param_group({"params": self.learned, "weight_decay": 0.0})
         if self.inundated:
             gi = self.recipe.inundation
-            self.gi = GISGD(
+            self.gi = inundating(
                 [{"params": [m.weight for m in group.values()], "bits": bits} for bits, group in groups.items()],
-                **sgd,
+                **options,
                 threshold=gi.threshold,
                 search_steps=gi.search_steps,
+                guaranteed=gi.bisection == "corrected",
             )
             self.optimizers.append(self.gi)
 
@@ -211,7 +235,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss, agreement = self.losses.backward(batch)
-        for optimizer in self.optimizers:  # plain SGD first, then inundation (ait_family.md 7.2)
+        for optimizer in self.optimizers:  # the plain one first, then inundation (ait_family.md 7.2)
             optimizer.step()
         if self.learned:
             with torch.no_grad():  # below 0 there is no grid, only NaN
@@ -223,8 +247,12 @@ class Trainer:
     @property
     def _wants_generator(self) -> bool:
         """Whether the next iteration is one of the generator's: all of them, or the warm-up before optimised images."""
+        return not self.recipe.images.enabled or self.state.step < self._first_image_step
+
+    @property
+    def _first_image_step(self) -> int:
         schedule = self.recipe.schedule
-        return not self.recipe.images.enabled or self.state.step < schedule.warmup_epochs * schedule.iterations
+        return 0 if self.recipe.quant.calibrate_on == "images" else schedule.warmup_epochs * schedule.iterations
 
     def _make_images(self) -> ImageSet:
         started, folder = time.perf_counter(), self.image_dir
@@ -258,7 +286,7 @@ class Trainer:
         elsewhere = self._evaluation_seconds + self.synthesis.seconds
         if batch is None:
             assert self.batches is not None
-            batch = self.batches.batch(self.state.step - schedule.warmup_epochs * schedule.iterations)
+            batch = self.batches.batch(self.state.step - self._first_image_step)
         elif batch.generator_ce is not None and batch.generator_bns is not None:
             self.meters.add(generator_ce=batch.generator_ce, generator_bns=batch.generator_bns)
         if epoch < schedule.calibration_epochs:

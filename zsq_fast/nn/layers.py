@@ -17,6 +17,7 @@ from zsq_fast import ops
 from zsq_fast.errors import UsageError
 
 SMALLEST_STEP = 1e-8  # of a learned range; the min/max grid, too, takes no range below this
+EMAS = "reference", "plain", "extrema"  # how activation ranges follow the data
 
 
 def check_bits(name: str, bits: int) -> int:
@@ -234,7 +235,8 @@ class QuantAct(_Ranged):
     Args:
         bits: 2 to 8.
         ema: "reference" repeats the published code, which feeds the bias-corrected value back into the average and needs
-            about 175 updates to settle; "plain" is an ordinary bias-corrected moving average.
+            about 175 updates to settle; "plain" is an ordinary bias-corrected moving average; "extrema" is the smallest and the
+            largest value of all batches (ZeroQ).
         ranges: "minmax", or "learned": from `freeze()` on a trained parameter `step` `[]` counts instead of the range (LSQ), with
             codes 0 to 2^k - 1, or -2^(k-1) to 2^(k-1) - 1 if the range went below 0.
 
@@ -256,8 +258,8 @@ class QuantAct(_Ranged):
     ):
         super().__init__()
         self.bits = check_bits("act_bits", bits)
-        if ema not in ("reference", "plain"):
-            raise UsageError(f"QuantAct: ema must be 'reference' or 'plain', got {ema!r}")
+        if ema not in EMAS:
+            raise UsageError(f"QuantAct: ema must be {' or '.join(map(repr, EMAS))}, got {ema!r}")
         self.ema = ema
         self.codes = 0, 2**bits - 1  # of the learned grid
         self.register_buffer("lo", torch.tensor(float("nan"), device=device, dtype=dtype))
@@ -289,6 +291,13 @@ class QuantAct(_Ranged):
         per_unit = (self.hi - lo).clamp(min=SMALLEST_STEP).reciprocal() * (2**self.bits - 1)
         return per_unit, (per_unit * lo).round()
 
+    def _widen(self, x: Tensor) -> None:
+        first = self.beta_t == 1  # nothing seen yet
+        for bound, new, both in zip((self.lo, self.hi), torch.aminmax(x), (torch.minimum, torch.maximum), strict=True):
+            new = new.to(bound.dtype)
+            bound.copy_(torch.where(first, new, both(bound, new)))
+        self.beta_t.mul_(self.decay)
+
     def _choose_codes(self) -> None:
         if self.step is not None:  # the host reads the range: when it is frozen or loaded, not in a forward
             self.codes = _signed_codes(self.bits) if bool(self.lo < 0) else (0, 2**self.bits - 1)
@@ -299,9 +308,12 @@ class QuantAct(_Ranged):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and not self.frozen:
-            return ops.fake_quant_act_running(
-                x, self.lo, self.hi, self.beta_t, self.bits, self.decay, self.ema == "plain"
-            )
+            if self.ema != "extrema":
+                return ops.fake_quant_act_running(
+                    x, self.lo, self.hi, self.beta_t, self.bits, self.decay, self.ema == "plain"
+                )
+            self._widen(x.detach())
+            return ops.fake_quant_act(x, self.lo, self.hi, self.bits)
         if self.learns:
             return self._learned(x, self.codes, x[:1].numel())  # features of one image
         return ops.fake_quant_act(x, self.lo, self.hi, self.bits)

@@ -316,6 +316,7 @@ def gi_sgd_(
     threshold: float,
     search_steps: int = 5,
     capped: bool = False,
+    guaranteed: bool = False,
 ) -> None:
     """One SGD step with gradient inundation on all tensors together (AIT, ait_family.md 7.2). No host synchronisation on CUDA.
 
@@ -329,11 +330,13 @@ def gi_sgd_(
         threshold: share of codes, 0 to 1.
         search_steps: bisection steps, 0 to 5.
         capped: stop doubling at kappa = 128.
+        guaranteed: take the smallest factor tried that reaches the threshold. The published code takes the last one tried, which
+            may fall short of it.
     """
     weights, momenta = list(weights), list(momenta)
     if len({id(t) for t in weights + momenta}) < len(weights) + len(momenta):
         raise UsageError("gi_sgd_: weights and momenta must be different tensors, got one twice")
     _gi_sgd_(
         weights, list(grads), momenta, kappa, changed, lr, momentum, nesterov, weight_decay, bits, threshold, search_steps,
-        capped,
+        capped, guaranteed,
     )  # fmt: skip

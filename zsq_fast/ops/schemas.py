@@ -44,5 +44,6 @@ SCHEMAS = (
     "sign_perturb(Tensor x, Tensor grad, float epsilon) -> Tensor",
     # gi_sgd
     "gi_sgd_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!) kappa, Tensor(d!) changed, float lr,"
-    " float momentum, bool nesterov, float weight_decay, int bits, float threshold, int search_steps, bool capped) -> ()",
+    " float momentum, bool nesterov, float weight_decay, int bits, float threshold, int search_steps, bool capped,"
+    " bool guaranteed) -> ()",
 )

@@ -25,6 +25,7 @@ def gi_sgd_(
     threshold: float,
     search_steps: int,
     capped: bool,
+    guaranteed: bool = False,
 ) -> None:
     for i, (w, g, v) in enumerate(zip(weights, grads, momenta, strict=True)):
         if w.numel() == 0:
@@ -35,7 +36,7 @@ def gi_sgd_(
         if not torch.isfinite(direction).all():  # leave the tensor as it is and say so: kappa = NaN
             kappa[i], changed[i] = float("nan"), 0
             continue
-        factor = _search_kappa(w, direction, lr, bits, threshold, search_steps, capped)
+        factor = _search_kappa(w, direction, lr, bits, threshold, search_steps, capped, guaranteed)
         if weight_decay != 0:
             g = g + weight_decay * w
         v.copy_(momentum * v + g)
@@ -50,9 +51,9 @@ def _codes_of(weight: Tensor, bits: int) -> Tensor:
 
 
 def _search_kappa(
-    w: Tensor, direction: Tensor, lr: float, bits: int, threshold: float, search_steps: int, capped: bool
+    w: Tensor, direction: Tensor, lr: float, bits: int, threshold: float, search_steps: int, capped: bool, guaranteed: bool
 ) -> float:
-    """AIT gradient inundation (ait_family.md 7.2): doubling, then bisection; the last midpoint wins."""
+    """AIT gradient inundation (ait_family.md 7.2): doubling, then bisection; the last midpoint wins, or, guaranteed, the upper end."""
     before = _codes_of(w, bits)
 
     def share(factor: float) -> Tensor:
@@ -72,10 +73,10 @@ def _search_kappa(
     for _ in range(search_steps):
         factor = (lo + hi) / 2
         reached = share(factor)
-        if abs(reached - threshold) < threshold / 100:
-            break
         if reached < threshold:
             lo = factor
         else:
             hi = factor
-    return factor
+        if abs(reached - threshold) < threshold / 100:
+            break
+    return hi if guaranteed else factor
