@@ -63,6 +63,17 @@ PUBLISHED: dict[str, Genotype] = {
 }
 
 
+def check_source(source: str) -> None:
+    """Raises UsageError unless `source` is a published name, 'search', or looks like JSON text or the name of a file (not read)."""
+    if source not in (*PUBLISHED, SEARCH) and not source.startswith("{") and not source.endswith((".toml", ".json")):
+        raise _unknown(source)
+
+
+def _unknown(source: str) -> UsageError:
+    near = nearest(source, PUBLISHED)
+    return UsageError(f"unknown genotype '{source}'.{near} Or give a .toml or .json file, or '{SEARCH}'.")
+
+
 def read_genotype(source: str | Mapping[str, Sequence[str]]) -> Genotype:
     """A checked genotype from a published name, a .toml or .json file, JSON text, or a mapping.
 
@@ -79,12 +90,10 @@ def read_genotype(source: str | Mapping[str, Sequence[str]]) -> Genotype:
                 table = tomllib.loads(text) if source.endswith(".toml") else json.loads(text)
             except OSError as error:
                 raise UsageError(f"the genotype file '{source}' cannot be read: {error.strerror}") from error
-            except ValueError as error:  # of both parsers, and of bytes that are no text
+            except (ValueError, RecursionError) as error:  # of both parsers, and of bytes that are no text
                 raise UsageError(f"the genotype '{source}' is neither valid JSON nor TOML: {error}") from error
         else:
-            raise UsageError(
-                f"unknown genotype '{source}'.{nearest(source, PUBLISHED)} Or give a .toml or .json file, or '{SEARCH}'."
-            )
+            raise _unknown(source)
     if not isinstance(table, Mapping) or set(table) != {"ups", "ops", "cross"}:
         raise UsageError(f"a genotype is a table of ups, ops and cross, got {table!r}")
     for key, cells, edges, known in (("ups", 3, 2, tuple(UPS)), ("ops", 3, 5, OPERATIONS), ("cross", 2, 6, CROSS)):
