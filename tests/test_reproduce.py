@@ -32,7 +32,8 @@ def words(tiny, out, *more, row=ROW):
 
 def test_every_row_is_a_recipe():
     """Names, overrides and bits resolve at the paper's input size, and no published number is out of place."""
-    assert {"ait", "autorecon", "gdfq", "hast", "intraq", "qimera"} <= papers.papers().keys()
+    known = {"ait", "autorecon", "gdfq", "hast", "intraq", "plf", "qimera", "synq", "zeroq"}
+    assert known <= papers.papers().keys()
     for paper in papers.papers():
         rows = papers.rows(paper)
         assert rows and all(papers.resolve(name) == row for name, row in rows.items())
@@ -47,13 +48,19 @@ def test_every_row_is_a_recipe():
 
 
 def test_published_numbers():
-    """ait_family.md 10.1, 5.3; hast_family.md 5.7, 5.8, 4.3."""
+    """ait_family.md 1.1, 10.1 to 10.3, 5.3; hast_family.md 2, 5.7, 5.8, 4.3, 10.1, 10.2."""
     expected = {
         "ait/main/gdfq_ait-cifar10-w4a4": (91.23, 93.89, "ait", ()),
         "ait/main/autorecon_ait-mobilenetv2-w5a5": (71.96, 73.03, "autorecon_ait", ("generator.genotype=mobilenetv2",)),
         "ait/losses/kl_only-resnet50-w4a4": (42.64, 77.73, "kl_only", ()),
         "gdfq/main/gdfq-cifar100-w4a4": (63.58, 70.33, "gdfq", ()),
+        "gdfq/main/gdfq-cifar10-w4a4": (90.25, 94.03, "gdfq", ()),
+        "gdfq/ait/gdfq-resnet50-w4a4": (52.12, 77.73, "gdfq", ()),
+        "gdfq/ait/gdfq-mobilenetv2-w4a4": (59.43, 73.03, "gdfq", ()),
+        "gdfq/mobilenetv1/gdfq-mobilenetv1-w4a4": (28.64, 73.39, "gdfq", ()),
+        "gdfq/mobilenetv1/gdfq-mobilenetv1-w5a5": (59.76, 73.39, "gdfq", ()),
         "gdfq/w3a3/gdfq-resnet18-w3a3": (20.23, 71.47, "gdfq", ()),
+        "gdfq/plf/gdfq-cifar100-w3a3": (43.87, 70.33, "gdfq", ()),
         "qimera/main/qimera-resnet50-w5a5": (75.32, 77.73, "qimera", ("generator.embedding=teacher",
             "generator.superpose_probability=0.7", "generator.superposed_classes=100")),
         "autorecon/main/autorecon-cifar10-w4a4": (88.55, 93.89, "autorecon", ()),
@@ -63,6 +70,20 @@ def test_published_numbers():
         "hast/weights/a1_b3-resnet18-w3a3": (53.12, 71.47, "hast", ("student.clean_weight=1", "student.promoted_weight=3")),
         "hast/alignment/dfa-cifar10-w3a3": (83.92, 94.03, "hast", ("student.alignment=direct",)),
         "hast/images/hast_256-resnet18-w3a3": (49.17, 71.47, "hast", ("images.count=256",)),
+        "synq/main/synq-cifar10-w4a4": (92.76, 93.89, "synq", ()),
+        "synq/main/synq-cifar100-w3a3": (57.28, 70.33, "synq_cifar100", ()),
+        "synq/main/synq-mobilenetv2-w3a3": (34.21, 73.03, "synq", ()),
+        "plf/main/plf-cifar10-w3a3": (88.04, 93.89, "plf", ()),
+        "plf/main/plf-mobilenetv1-w4a4": (59.51, 73.39, "plf", ()),
+        "plf/main/plf-resnet50-w5a5": (76.08, 77.73, "plf", ()),
+        "plf/ablation/kl-cifar100-w3a3": (50.87, 70.33, "plf", ("student.ce_weight=0", "student.pseudo_label=none",
+            "student.feature_weight=0")),
+        "plf/ablation/kl_mse_confident-cifar100-w3a3": (56.43, 70.33, "plf", ("student.pseudo_weight=0",)),
+        "zeroq/main/zeroq-resnet50-w8a8": (77.67, 77.72, "zeroq_calibrated", ()),
+        "zeroq/main/zeroq-inceptionv3-w8a8": (78.72, 78.88, "zeroq_calibrated", ()),
+        "zeroq/ait/zeroq-cifar10-w4a4": (79.30, 93.89, "zeroq_calibrated", ()),
+        "zeroq/ait/zeroq-mobilenetv2-w5a5": (59.88, 73.03, "zeroq_calibrated", ()),
+        "zeroq/gdfq/zeroq-resnet18-w4a4": (26.04, 71.47, "zeroq_calibrated", ()),
     }  # fmt: skip
     for name, values in expected.items():
         row = papers.resolve(name)
@@ -136,6 +157,24 @@ def test_seeds_are_trained_gone_on_with_and_skipped(capsys, tiny, tmp_path):
     assert code == 2 and "another recipe" in assert_one_sentence(err)
     code, text, err = call(capsys, *words(tiny, out, "--json"))  # what was measured stays
     assert code == 0 and json.loads(text)["ours"] == report["ours"], err
+
+
+def test_changes_of_the_user_are_told_apart_from_the_row(capsys, tiny, tmp_path):
+    row = "hast/weights/a1_b3-cifar10-w3a3"
+    changes = ["quant.weight_bits=8", "student.promoted_weight=0"]
+    given = words(tiny, tmp_path, "--seeds", 1, *(w for text in changes for w in ("--set", text)), row=row)
+    code, text, err = call(capsys, *given, "--json")
+    assert code == 0, err
+    report = json.loads(text)
+    assert (report["weight_bits"], report["act_bits"]) == (8, 3)
+    own = [w for before, w in zip(NUMBERS, NUMBERS[1:]) if before == "--set"]
+    assert report["changed_from_row"] == [*own, *changes]
+    assert report["overrides"] == ["student.clean_weight=1"], "the row's other one does not hold"
+    code, text, err = call(capsys, *given)
+    assert code == 0, err
+    assert "; W8A3, recipe hast student.clean_weight=1, schedule paper, 1 seeds" in text and "W3A3" not in text
+    (line,) = (line for line in text.splitlines() if line.startswith("changed from the row: "))
+    assert line.endswith("quant.weight_bits=8, student.promoted_weight=0")
 
 
 def test_without_data_there_is_agreement_alone(capsys, tiny, tmp_path):

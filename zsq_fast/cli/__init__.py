@@ -19,6 +19,7 @@ from zsq_fast.errors import Interrupted, UsageError, ZsqError, nearest
 # verb: (module with `run(argv) -> exit code`, help)
 VERBS = {
     "quantize": ("zsq_fast.cli.quantize", "quantize a network without data"),
+    "synthesize": ("zsq_fast.cli.synthesize", "make the optimised images of a recipe, for runs to come"),
     "resume": ("zsq_fast.cli.resume", "continue a run that was stopped"),
     "evaluate": ("zsq_fast.cli.evaluate", "accuracy of a run or a network on real test images"),
     "analyze": (

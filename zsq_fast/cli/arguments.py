@@ -101,8 +101,34 @@ def device(text: str) -> str:
     return text
 
 
+def shard(text: str) -> tuple[int, int]:
+    """ "1/4" -> (1, 4): the second of four parts."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"'{text}' is not I/N with I from 0 to N - 1, such as 0/4")
+    return int(part), int(parts)
+
+
 def add_job_options(parser: Parser, *, data: str, limit: str) -> None:
-    """What `quantize` and `reproduce` share: the network, the schedule, the machine, the test images by the names given."""
+    """What the verbs that train share: network, schedule, machine, where images are kept, the test images by the names given."""
+    add_network_options(parser)
+    add = parser.add_argument
+    add_images_option(parser)
+    images = "real test images (.npz or a folder): printed, never used for decisions"
+    add(data, dest="eval_data", metavar="PATH", help=images)
+    few = "only N test images: the first, of a folder every so-manieth"
+    add(limit, dest="eval_limit", type=integer(1), metavar="N", help=few)
+    add("--mean", type=numbers, metavar="M,M,M", help="normalisation of the test images, pixels in 0..1")
+    add("--std", type=numbers, metavar="S,S,S")
+
+
+def add_images_option(parser: Parser) -> None:
+    text = "take the optimised images from DIR, where `synthesize` keeps them, and make there what is missing"
+    parser.add_argument("--images", metavar="DIR", help=text)
+
+
+def add_network_options(parser: Parser) -> None:
+    """What all that begins with a network and a recipe shares."""
     add = parser.add_argument
     add("--checkpoint", metavar="FILE", help="trained weights: .safetensors, or .pt/.pth holding tensors only")
     add(
@@ -114,12 +140,6 @@ def add_job_options(parser: Parser, *, data: str, limit: str) -> None:
     add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N")
     add("--threads", type=integer(1, 1024), default=0, metavar="N", help="CPU threads (torch's choice)")
     parser.add_switch("--channels-last", help="memory format of the convolutions (chosen by device)")
-    images = "real test images (.npz or a folder): printed, never used for decisions"
-    add(data, dest="eval_data", metavar="PATH", help=images)
-    few = "only N test images: the first, of a folder every so-manieth"
-    add(limit, dest="eval_limit", type=integer(1), metavar="N", help=few)
-    add("--mean", type=numbers, metavar="M,M,M", help="normalisation of the test images, pixels in 0..1")
-    add("--std", type=numbers, metavar="S,S,S")
     add("--dry-run", action="store_true", help="print the resolved plan, estimates of time and memory, and stop")
     add("--force", action="store_true", help="go on although the network looks untrained")
     add("--allow-import", action="store_true", help="allow the model to import and run your code")

@@ -51,20 +51,13 @@ class Job:
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace, **more: Any) -> Job:
-        """From the options of `add_job_options` and what else is known."""
-        names = (
-            "num_classes",
-            "allow_import",
-            "input_size",
-            "mean",
-            "std",
-            "device",
-            "threads",
-            "channels_last",
-            "force",
-        )
-        job = cls(**{name: getattr(arguments, name) for name in (*names, "eval_limit")}, **more)
-        return job.with_files(checkpoint=arguments.checkpoint, eval_data=arguments.eval_data)
+        """From the options of `add_job_options`, or of `add_network_options` alone, and what else is known."""
+        names = ("num_classes", "allow_import", "input_size", "device", "threads", "channels_last", "force")
+        given = vars(arguments)
+        values: dict[str, Any] = {name: given.get(name) for name in ("mean", "std", "eval_limit")}
+        values |= {name: given[name] for name in names}
+        job = cls(**values, **more)
+        return job.with_files(checkpoint=arguments.checkpoint, eval_data=given.get("eval_data"))
 
     @classmethod
     def from_info(cls, info: dict[str, Any], path: Path, *, allow_import: bool) -> Job:
@@ -83,6 +76,12 @@ class Job:
         if origin.endswith(".py"):
             absolute["model"] = f"{os.path.abspath(origin)}:{name}"
         return replace(self, **absolute)
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """In which networks run: the trainer's rule."""
+        last = self.device == "cpu" if self.channels_last is None else self.channels_last
+        return torch.channels_last if last else torch.contiguous_format
 
     def metadata(self, recipe: Recipe) -> dict[str, str]:
         """The header of the student file, in the form `load_model` understands."""
@@ -192,9 +191,7 @@ def evaluator(job: Job, batch_size: int = 250) -> Callable[[nn.Module], evaluati
     )
     options = {"mean": job.mean, "std": job.std, "batch_size": batch_size, "device": job.device}
 
-    channels_last = job.device == "cpu" if job.channels_last is None else job.channels_last  # the trainer's rule
-
     def measure(model: nn.Module) -> evaluation.EvalResult:
-        return evaluation.evaluate(model, images, channels_last=channels_last, **options)  # type: ignore[arg-type]
+        return evaluation.evaluate(model, images, channels_last=job.layout == torch.channels_last, **options)  # type: ignore[arg-type]
 
     return measure

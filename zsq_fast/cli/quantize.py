@@ -42,9 +42,9 @@ def run(words: Sequence[str]) -> int:
     arguments = make_parser().parse(words)
     from zsq_fast.cli.job import Job, load
     from zsq_fast.cli.result import print_result
-    from zsq_fast.cli.training import default_out, execute, make_trainer, plan
+    from zsq_fast.cli.training import begin, check_optimises, default_out, plan
     from zsq_fast.methods import load_recipe
-    from zsq_fast.runs import Progress, RunDir
+    from zsq_fast.runs import Progress
     from zsq_fast.runs.directory import check_free
 
     if arguments.out:
@@ -67,10 +67,11 @@ def run(words: Sequence[str]) -> int:
         weight_bits=arguments.weight_bits,
         act_bits=arguments.act_bits,
     )
+    if arguments.images is not None:
+        check_optimises(recipe)
     if arguments.dry_run:
         return plan(job, recipe, teacher, as_json=arguments.json)
-    trainer = make_trainer(job, recipe, teacher, Progress(quiet=arguments.quiet))
     out = arguments.out or default_out(job, arguments.recipe, recipe)
-    with RunDir.create(out, trainer.recipe.to_dict(), job.to_info()) as run_dir:
-        print_result(execute(run_dir, job, trainer), as_json=arguments.json)
+    result = begin(out, job, recipe, teacher, Progress(quiet=arguments.quiet), arguments.images)
+    print_result(result, as_json=arguments.json)
     return 0

@@ -43,7 +43,7 @@ def run(words: Sequence[str]) -> int:
     arguments = make_parser().parse(words)
     row = papers.resolve(arguments.row)
     from zsq_fast.cli.job import Job, load
-    from zsq_fast.cli.training import plan
+    from zsq_fast.cli.training import check_optimises, plan
     from zsq_fast.methods import load_recipe
     from zsq_fast.runs import RunDir
     from zsq_fast.runs.directory import check_free
@@ -67,10 +67,12 @@ def run(words: Sequence[str]) -> int:
             weight_bits=row.weight_bits,
             act_bits=row.act_bits,
         )
+        if arguments.images is not None:
+            check_optimises(recipe)
         if arguments.dry_run:
             return plan(loaded, recipe, teacher, runs=arguments.seeds, as_json=arguments.json)
-        results.append(_run(directory, loaded, recipe, teacher, quiet=arguments.quiet))
-    report = _report(row, arguments.schedule, results, replaced=arguments.model is not None)
+        results.append(_run(directory, loaded, recipe, teacher, arguments.images, quiet=arguments.quiet))
+    report = _report(row, arguments.schedule, arguments.overrides, results, replaced=arguments.model is not None)
     print(json.dumps(report, indent=1)) if arguments.json else _print(report)
     return 0
 
@@ -99,16 +101,16 @@ def _list(words: Sequence[str]) -> int:
     return 0
 
 
-def _run(path: Path, job: Job, recipe: Recipe, teacher: nn.Module, *, quiet: bool) -> dict[str, Any]:
+def _run(
+    path: Path, job: Job, recipe: Recipe, teacher: nn.Module, images: str | None, *, quiet: bool
+) -> dict[str, Any]:
     """The result of one seed: read, gone on with, or trained from the start."""
-    from zsq_fast.cli.training import execute, make_trainer, proceed
+    from zsq_fast.cli.training import begin, proceed
     from zsq_fast.methods.autorecon import SEARCH
     from zsq_fast.runs import Progress, RunDir
 
     if not RunDir.is_run(path):
-        trainer = make_trainer(job, recipe, teacher, Progress(quiet=quiet))
-        with RunDir.create(path, trainer.recipe.to_dict(), job.to_info()) as run_dir:
-            return execute(run_dir, job, trainer)
+        return begin(path, job, recipe, teacher, Progress(quiet=quiet), images)
     with RunDir.open(path) as run_dir:
         stored, ours = run_dir.info.get("job", {}), json.loads(json.dumps(asdict(job)))
         recipes = run_dir.recipe, recipe.to_dict()
@@ -143,8 +145,18 @@ def _evaluated(run_dir: RunDir, job: Job, teacher: nn.Module, result: Mapping[st
     return {"top1": top1, "eval_data": job.eval_data, "eval_limit": job.eval_limit, "best_on_test": None}
 
 
-def _report(row: papers.Row, schedule: str, results: Sequence[Mapping[str, Any]], *, replaced: bool) -> dict[str, Any]:
-    """Percents and points; `drop` is from the float accuracy of the same run. `deviation` is the sample's, None of one seed."""
+def _report(
+    row: papers.Row,
+    schedule: str,
+    changes: Sequence[str],
+    results: Sequence[Mapping[str, Any]],
+    *,
+    replaced: bool,
+) -> dict[str, Any]:
+    """Percents and points; `drop` is from the float accuracy of the same run. `deviation` is the sample's, None of one seed.
+
+    Bits are those of the runs; `overrides` are the row's as far as the user's own, `changed_from_row`, leave them.
+    """
     seeds = []
     for result in results:
         top1 = {**result["top1"], "best_on_test": result["best_on_test"]}
@@ -175,13 +187,14 @@ def _report(row: papers.Row, schedule: str, results: Sequence[Mapping[str, Any]]
         "row": row.id,
         "title": row.title,
         "recipe": row.recipe,
-        "overrides": list(row.overrides),
+        "overrides": [text for text in row.overrides if _key(text) not in map(_key, changes)],
+        "changed_from_row": list(changes),
         "dataset": row.dataset,
         "model": result["model"],
         "model_of_paper": not replaced,
         "schedule": schedule,
-        "weight_bits": row.weight_bits,
-        "act_bits": row.act_bits,
+        "weight_bits": result["weight_bits"],
+        "act_bits": result["act_bits"],
         "eval_data": result["eval_data"],
         "eval_limit": result["eval_limit"],
         "paper": paper,
@@ -193,6 +206,10 @@ def _report(row: papers.Row, schedule: str, results: Sequence[Mapping[str, Any]]
         },
         "seeds": seeds,
     }
+
+
+def _key(override: str) -> str:
+    return override.split("=")[0].strip()
 
 
 def _mean(values: Sequence[float]) -> dict[str, float | None]:
@@ -208,13 +225,15 @@ def _print(report: Mapping[str, Any]) -> None:
     paper, count = report["paper"], len(report["seeds"])
     print(f"{report['row']}: {report['title']} ({paper['source']})")
     bits, note = (
-        f"W{report['weight_bits']}A{report['act_bits']}",
+        f"W{report['weight_bits']:g}A{report['act_bits']}",
         "" if report["model_of_paper"] else ", not the paper's",
     )
     settings = "".join(f" {text}" for text in report["overrides"])
     print(
         f"{report['model']}{note}; {bits}, recipe {report['recipe']}{settings}, schedule {report['schedule']}, {count} seeds"
     )
+    if report["changed_from_row"]:
+        print(f"changed from the row: {', '.join(report['changed_from_row'])}")
     print(f"  {'':<40}{'top-1 in %':>16}{'drop from float':>18}{'float':>10}")
     print(f"  {'paper':<40}{paper['top1']:>16.2f}{paper['drop']:>18.2f}{paper['float']:>10.2f}")
     for key, value in report["ours"].items():

@@ -15,6 +15,7 @@ from zsq_fast.cli.job import Job
 from zsq_fast.errors import BadFileError, UsageError
 from zsq_fast.methods import Recipe, Result, student_like
 from zsq_fast.methods.estimate import Estimate
+from zsq_fast.methods.mixed import bits_are_open
 from zsq_fast.nn import Summary
 from zsq_fast.runs import RunDir
 
@@ -136,6 +137,7 @@ def print_plan(
     plan["images"] = recipe.generator_steps * schedule.batch_size
     before = expectation(recipe, network)
     plan["forecast_before"] = None if before is None else before.to_dict()
+    plan["bits_by_search"] = bits_are_open(recipe)
     if as_json:
         print(json.dumps(plan, indent=1))
         return
@@ -146,6 +148,11 @@ def print_plan(
     _print_estimate(cost, runs, job.threads)
     if before is not None:
         print(before)
+    if plan["bits_by_search"]:
+        average = recipe.quant.average_weight_bits
+        print(
+            f"bits: found for every layer by a search when a run begins, {average:g} on average; shown as if all had {int(average)}"
+        )
     print(summary)
     for title, values in (("recipe", _flat(plan["recipe"])), ("job", _flat(plan["job"]))):
         print(f"{title}:")

@@ -15,13 +15,15 @@ from torch import nn
 from zsq_fast.analysis.forecast import network_of
 from zsq_fast.cli.job import Job, evaluator, load
 from zsq_fast.cli.result import CHOSEN, RESULT, STUDENT, expectation, print_plan, record
-from zsq_fast.errors import Interrupted
+from zsq_fast.errors import Interrupted, UsageError
 from zsq_fast.methods import Recipe, Trainer, student_like
 from zsq_fast.methods.estimate import estimate
-from zsq_fast.methods.mixed import settle_bits
+from zsq_fast.methods.images import batch_files, cached_images, count_classes, set_name
+from zsq_fast.methods.mixed import even_bits
 from zsq_fast.nn import summarize
 from zsq_fast.runs import Progress, RunDir, reporting
-from zsq_fast.runs.directory import TENSORBOARD
+from zsq_fast.runs.directory import TENSORBOARD, check_free
+from zsq_fast.runs.storage import link
 
 
 def default_out(job: Job, recipe_name: str, recipe: Recipe) -> Path:
@@ -34,11 +36,7 @@ def default_out(job: Job, recipe_name: str, recipe: Recipe) -> Path:
 def plan(job: Job, recipe: Recipe, teacher: nn.Module, *, runs: int = 1, as_json: bool = False) -> int:
     """--dry-run: prints what would be done and what it would take, for so many runs."""
     assert job.input_size is not None
-    # In the layout that a run would take, whose last digits decide between layers that are almost equally sensitive.
-    last = job.device == "cpu" if job.channels_last is None else job.channels_last
-    layout = torch.channels_last if last else torch.contiguous_format
-    recipe = settle_bits(recipe, teacher, job.input_size, job.seed, layout)
-    student = student_like(teacher, recipe, job.input_size)
+    student = student_like(teacher, even_bits(recipe, teacher, job.input_size), job.input_size)
     options: dict[str, Any] = dict(seed=job.seed, channels_last=job.channels_last, force=job.force)
     cost = estimate(teacher, recipe, input_size=job.input_size, **options)
     network = network_of(teacher, job.input_size)
@@ -67,6 +65,46 @@ def make_trainer(job: Job, recipe: Recipe, teacher: nn.Module, progress: Progres
         force=job.force,
         track_updates=job.track_updates,
     )
+
+
+def check_optimises(recipe: Recipe) -> None:
+    """UsageError unless the recipe's images can be made before its students train."""
+    if not recipe.images.enabled:
+        raise UsageError(
+            f"the recipe '{recipe.name}' has no optimised images (images.enabled is false): a generator makes its images during training."
+        )
+
+
+def keep_images(job: Job, recipe: Recipe, teacher: nn.Module, folder: str | Path, **options: Any) -> Path:
+    """The directory in `folder` that holds the optimised images of the recipe, after those that were missing have been made.
+
+    `options`: of `synthesize_images`.
+    """
+    assert job.input_size is not None
+    source = (teacher, recipe.images, job.input_size, count_classes(teacher, job.input_size), job.seed)
+    cached_images(folder, *source, layout=job.layout, **options)
+    return Path(folder) / set_name(*source)
+
+
+def begin(
+    out: str | Path, job: Job, recipe: Recipe, teacher: nn.Module, progress: Progress, images: str | None = None
+) -> dict[str, Any]:
+    """A new run in `out`, from the start to the end: see `execute`.
+
+    Its optimised images are those of the directory `images`, where that is given. The run gets them as links and knows nothing else of
+    where they came from, so it can be resumed, analysed and moved without that directory.
+    """
+    trainer = make_trainer(job, recipe, teacher, progress)
+    shelf = None
+    if images is not None:
+        check_free(out)  # before hours of images
+        shelf = keep_images(job, recipe, teacher, images, progress=progress)
+    with RunDir.create(out, trainer.recipe.to_dict(), job.to_info()) as run_dir:
+        if shelf is not None:
+            for name in batch_files(recipe.images):
+                if not (target := run_dir.image_dir / shelf.name / name).exists():  # a sweep brings some along
+                    link(shelf / name, target)
+        return execute(run_dir, job, trainer)
 
 
 def execute(run_dir: RunDir, job: Job, trainer: Trainer) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from zsq_fast.losses import hard_sample_ce
 from zsq_fast.methods.recipe import Images
 from zsq_fast.methods.synthesis import derive_seed
 from zsq_fast.nn import BNStatsTap, usable_batch_norms
+from zsq_fast.nn.probe import probing
 from zsq_fast.runs import Progress, StopRequest
 from zsq_fast.runs.storage import make_directory, replace_file, writing
 from zsq_fast.runs.tensors import pack, unpack
@@ -370,6 +371,16 @@ class _Optimiser:
         return ImageSet(x, task.labels), dict(zip(("loss", "bns", "teacher_top1", "hard_share"), values))
 
 
+def count_classes(teacher: nn.Module, input_size: Sequence[int]) -> int:
+    """Logits per image. UnsupportedModelError: it returns something else. UsageError: it does not run on that size."""
+    with probing(teacher, input_size, ()) as zeros, torch.no_grad():
+        logits = teacher(zeros)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UnsupportedModelError(f"the model must return class logits [N, classes], got {found}")
+    return logits.shape[1]
+
+
 def synthesize_images(
     teacher: nn.Module,
     spec: Images,
@@ -490,9 +501,9 @@ def provenance(
 def save_images(path: str | PathLike[str], image_set: ImageSet, provenance: Mapping[str, Any]) -> None:
     """Write images as safetensors: tensors `images` and `labels`, metadata `provenance` (JSON) and `sha256` over all of it.
 
-    Atomic and durable. Raises BadFileError for NaN or infinite images, StorageError.
+    Atomic and durable. Raises BadFileError for NaN or infinite images and labels of no class, StorageError.
     """
-    _check(image_set, Path(path))
+    _check(image_set, Path(path), provenance.get("num_classes"))
     text = json.dumps(provenance, sort_keys=True)
     tensors = image_set._asdict()
     replace_file(Path(path), pack(tensors, {"provenance": text, "sha256": _tensors_sha256(tensors, text)}))
@@ -503,8 +514,8 @@ def load_images(
 ) -> tuple[ImageSet, dict[str, Any]]:
     """The images of a file (CPU) and its provenance.
 
-    Raises BadFileError: missing, unreadable, changed since it was written, NaN or infinite images, or another provenance
-    than the given one; the message names what differs.
+    Raises BadFileError: missing, unreadable, changed since it was written, NaN or infinite images, labels of no class, or
+    another provenance than the given one; the message names what differs.
     """
     path = Path(path)
     try:
@@ -518,23 +529,31 @@ def load_images(
         intact = text["sha256"] == _tensors_sha256(tensors, text["provenance"])
         image_set = ImageSet(tensors["images"], tensors["labels"])
         found: dict[str, Any] = json.loads(text["provenance"])
-    except (KeyError, ValueError) as error:
+        if not isinstance(found, dict):
+            raise ValueError("the provenance is no table")
+    except (KeyError, ValueError, RecursionError) as error:
         raise BadFileError(f"{path} is damaged, or no file of optimised images.") from error
     if not intact:
         raise BadFileError(f"{path} is damaged: its SHA-256 is not the recorded one.")
-    _check(image_set, path)
+    _check(image_set, path, found.get("num_classes"))
     if provenance is not None and found != provenance:
-        differing = [k for k in {**provenance, **found} if found.get(k) != provenance.get(k)]
+        differing = [k for k in {**provenance, **found} if found.get(k, ...) != provenance.get(k, ...)]
         raise BadFileError(f"{path} holds images of another {differing[0]}.")
     return image_set, found
 
 
-def _check(image_set: ImageSet, path: Path) -> None:
+def _check(image_set: ImageSet, path: Path, num_classes: Any) -> None:
+    """`num_classes` as a provenance holds it; anything but an integer leaves the number of classes open."""
     images, labels = image_set
-    if images.dtype != torch.float32 or images.dim() != 4 or labels.dtype != torch.int64 or len(labels) != len(images):
+    if images.dtype != torch.float32 or images.dim() != 4 or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         raise BadFileError(f"{path}: images must be float32 [N, C, H, W] with int64 labels [N].")
     if not torch.isfinite(images).all():
         raise BadFileError(f"{path}: the images contain NaN or infinite values.")
+    classes = num_classes if type(num_classes) is int else None
+    wrong = labels[(labels < 0) | (labels >= (math.inf if classes is None else classes))]
+    if len(wrong):
+        rule = "at least 0" if classes is None else f"from 0 to {classes - 1}"
+        raise BadFileError(f"{path}: labels must be {rule}, got {int(wrong[0])}.")
 
 
 def batch_files(spec: Images) -> list[str]:
@@ -578,6 +597,12 @@ class _Shelf:
         save_images(path, batch, wanted)
 
 
+def set_name(teacher: nn.Module, spec: Images, input_size: Sequence[int], num_classes: int, seed: int) -> str:
+    """Of the subdirectory in which `cached_images` keeps a set."""
+    text = json.dumps(provenance(teacher, spec, input_size, num_classes, seed), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def cached_images(
     directory: str | PathLike[str],
     teacher: nn.Module,
@@ -592,6 +617,5 @@ def cached_images(
     Sets of other recipes, seeds or teachers lie beside it untouched; one that differs in `count` alone shares its batches. A
     complete set is only read; an incomplete or damaged one is completed. Several processes may do so at once: each writes the same bytes.
     """
-    text = json.dumps(provenance(teacher, spec, input_size, num_classes, seed), sort_keys=True)
-    keep = Path(directory) / hashlib.sha256(text.encode()).hexdigest()[:16]
+    keep = Path(directory) / set_name(teacher, spec, input_size, num_classes, seed)
     return synthesize_images(teacher, spec, input_size, num_classes, seed, keep=keep, **options)

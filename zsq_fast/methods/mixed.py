@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from zsq_fast.errors import UsageError
-from zsq_fast.methods.images import synthesize_images
+from zsq_fast.methods.images import count_classes, synthesize_images
 from zsq_fast.methods.recipe import Images, Recipe
 from zsq_fast.methods.synthesis import derive_seed
 from zsq_fast.nn import Site, convert, summarize
-from zsq_fast.nn.probe import probing
 from zsq_fast.ops import fake_quant_weight
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -166,6 +165,19 @@ def allocate(frontier: Frontier, budget_bytes: int) -> dict[str, int]:
     return dict(zip(frontier.layers, frontier.bits[at].tolist(), strict=True))
 
 
+def bits_are_open(recipe: Recipe) -> bool:
+    """Whether the bits of every layer are left to a search before the run."""
+    return bool(recipe.quant.average_weight_bits) and not recipe.quant.layer_bits
+
+
+def even_bits(recipe: Recipe, teacher: nn.Module, input_size: Sequence[int]) -> Recipe:
+    """The recipe with bits as even as whole numbers can be, where `settle_bits` would look for them: costs the same, at once."""
+    if not bits_are_open(recipe):
+        return recipe
+    texts = tuple(f"{name}={int(recipe.quant.average_weight_bits)}" for name in weight_sites(teacher, input_size))
+    return replace(recipe, quant=replace(recipe.quant, layer_bits=texts))
+
+
 def settle_bits(
     recipe: Recipe,
     teacher: nn.Module,
@@ -179,15 +191,13 @@ def settle_bits(
 
     Raises: see `synthesize_images` and `sensitivity`.
     """
-    average = recipe.quant.average_weight_bits
-    if not average or recipe.quant.layer_bits:
+    if not bits_are_open(recipe):
         return recipe
     sites = weight_sites(teacher, input_size)
-    with probing(teacher, input_size, ()) as zeros, torch.no_grad():
-        classes = teacher(zeros).shape[1]
+    classes = count_classes(teacher, input_size)
     made = synthesize_images(teacher, PROBES, input_size, classes, derive_seed(seed, "sensitivity"), layout=layout)
     found = sensitivity(teacher, made.images, input_size=input_size, layout=layout)
-    budget = sum(site.packed_bytes(average) for site in sites.values())
+    budget = sum(site.packed_bytes(recipe.quant.average_weight_bits) for site in sites.values())
     bits = allocate(pareto(layer_sizes(sites), found), budget)
     texts = tuple(f"{name}={b}" for name, b in bits.items())
     return replace(recipe, quant=replace(recipe.quant, layer_bits=texts))

@@ -20,7 +20,34 @@ from torch import Tensor, nn
 from zsq_fast.errors import TrainingError
 from zsq_fast.methods.autorecon import PUBLISHED, SEARCH, Genotype, SuperNet, read_genotype
 from zsq_fast.methods.recipe import Recipe
-from zsq_fast.methods.synthesis import Synthesis, derive_seed
+from zsq_fast.methods.synthesis import Batch, Synthesis, derive_seed
+from zsq_fast.runs import Progress
+
+
+class Search:
+    """The super-net of a teacher and what trains it. Arguments: see `search_generator`."""
+
+    def __init__(
+        self, teacher: nn.Module, recipe: Recipe, input_size: Sequence[int], seed: int, layout: torch.memory_format
+    ):
+        spec = recipe.generator
+        self.spec = spec = replace(spec, kind="autorecon", genotype=SEARCH, latent=spec.latent or 100)
+        recipe = replace(recipe, generator=spec, schedule=replace(recipe.schedule, milestones=()))
+        self.seed = seed
+        self.synthesis = Synthesis(teacher, recipe, input_size, derive_seed(seed, "search"), layout)
+        net = self.synthesis.generator
+        assert isinstance(net, SuperNet)
+        self.net = net
+        self.optimizer = torch.optim.Adam(net.logits, lr=spec.search_lr, betas=spec.betas)
+
+    def step(self, step: int) -> Batch:
+        """Step number `step` of weights and logits."""
+        temperature = self.spec.search_temperature * (1 - 0.9 * step / self.spec.search_steps)
+        self.net.choose(derive_seed(self.seed, "search-choice", step), temperature)
+        self.optimizer.zero_grad(set_to_none=True)
+        batch = self.synthesis.step(step)
+        self.optimizer.step()
+        return batch
 
 
 def search_generator(
@@ -31,6 +58,7 @@ def search_generator(
     *,
     layout: torch.memory_format = torch.contiguous_format,
     losses: list[Tensor] | None = None,
+    progress: Progress | None = None,
 ) -> Genotype:
     """Find a genotype for a teacher in `recipe.generator.search_steps` steps.
 
@@ -38,6 +66,7 @@ def search_generator(
         recipe: batch size, latent (100 for 0), losses and rates are read from it; of any generator kind.
         input_size: `(C, H, W)`; H and W must be multiples of 8.
         losses: receives L_G of every step, scalars on the teacher's device.
+        progress: shows the steps.
 
     Returns:
         A mapping of texts that JSON and TOML can hold; `generator.genotype` takes a file of it.
@@ -45,35 +74,36 @@ def search_generator(
     Raises:
         TrainingError: the loss became NaN or infinite.
     """
-    spec = recipe.generator
-    spec = replace(spec, kind="autorecon", genotype=SEARCH, latent=spec.latent or 100)
-    recipe = replace(recipe, generator=spec, schedule=replace(recipe.schedule, milestones=()))
-    synthesis = Synthesis(teacher, recipe, input_size, derive_seed(seed, "search"), layout)
-    net = synthesis.generator
-    assert isinstance(net, SuperNet)
-    optimizer = torch.optim.Adam(net.logits, lr=spec.search_lr, betas=spec.betas)
-    for step in range(spec.search_steps):
-        temperature = spec.search_temperature * (1 - 0.9 * step / spec.search_steps)
-        net.choose(derive_seed(seed, "search-choice", step), temperature)
-        optimizer.zero_grad(set_to_none=True)
-        batch = synthesis.step(step)
-        optimizer.step()
-        if losses is not None and batch.generator_ce is not None and batch.generator_bns is not None:
-            losses.append(spec.ce_weight * batch.generator_ce + spec.bns_weight * batch.generator_bns)
-    if not all(bool(v.isfinite().all()) for v in net.logits):
+    search = Search(teacher, recipe, input_size, seed, layout)
+    spec, progress = search.spec, progress or Progress(quiet=True)
+    progress.start(spec.search_steps, "search for a generator")
+    try:
+        for step in range(spec.search_steps):
+            batch = search.step(step)
+            if losses is not None and batch.generator_ce is not None and batch.generator_bns is not None:
+                losses.append(spec.ce_weight * batch.generator_ce + spec.bns_weight * batch.generator_bns)
+            progress.advance()
+    finally:
+        progress.stop()
+    if not all(bool(v.isfinite().all()) for v in search.net.logits):
         raise TrainingError("the search for a generator diverged: try a lower generator.lr or generator.search_lr.")
-    return net.genotype()
+    return search.net.genotype()
 
 
 def settle_genotype(
-    recipe: Recipe, teacher: nn.Module, input_size: Sequence[int], seed: int, layout: torch.memory_format
+    recipe: Recipe,
+    teacher: nn.Module,
+    input_size: Sequence[int],
+    seed: int,
+    layout: torch.memory_format,
+    progress: Progress | None = None,
 ) -> Recipe:
     """The recipe with a genotype that was to be searched or read from a file written out, so that it stands for itself."""
     spec = recipe.generator
     if spec.kind != "autorecon" or spec.genotype in PUBLISHED:
         return recipe
     if spec.genotype == SEARCH:
-        found = search_generator(teacher, recipe, input_size, seed, layout=layout)
+        found = search_generator(teacher, recipe, input_size, seed, layout=layout, progress=progress)
     else:
         found = read_genotype(spec.genotype)
     return replace(recipe, generator=replace(spec, genotype=json.dumps(found)))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zsq_fast.cli.arguments import Parser, add_job_options, bits, integer, seed
+from zsq_fast.cli.arguments import Parser, add_images_option, add_job_options, bits, integer, seed
 from zsq_fast.cli.sweep.options import PLAN, option
 from zsq_fast.errors import BadFileError, Interrupted, TrainingError, UsageError
 
@@ -50,6 +50,7 @@ def make_directory_parser() -> Parser:
     add = parser.add_argument
     add("directory", metavar="DIR")
     _add_own(parser)
+    add_images_option(parser)
     add("--dry-run", action="store_true", help="print the points, estimates of time and memory, and stop")
     add("--allow-import", action="store_true", help="allow the model to import and run your code")
     add("--quiet", action="store_true", help="no progress")
@@ -77,6 +78,10 @@ def run(words: Sequence[str]) -> int:
     else:
         plan, out = _plan(arguments)
     runs = plan.runs(out)
+    if arguments.images is not None and not any(run.point.recipe.images.enabled for run in runs):
+        from zsq_fast.cli.training import check_optimises
+
+        check_optimises(runs[0].point.recipe)
     if arguments.dry_run:
         from zsq_fast.cli.sweep.cost import print_cost
 
@@ -197,7 +202,7 @@ def _train(plan: Plan, out: Path, runs: Sequence[Run], errors: dict[str, str], a
                 runs,
                 todo,
                 arguments.jobs,
-                lambda run: plan.command(run, allow_import=arguments.allow_import),
+                lambda run: plan.command(run, allow_import=arguments.allow_import, images=arguments.images),
                 lambda run: progress.message(f"{run.label}: begun, log in {run.log}"),
                 ended,
             )

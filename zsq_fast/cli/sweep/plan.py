@@ -128,7 +128,7 @@ class Plan:
     def runs(self, out: Path) -> list[Run]:
         return [Run(point, seed, out / point.name / f"seed-{seed}") for point in self.points() for seed in self.seeds]
 
-    def command(self, run: Run, *, allow_import: bool) -> list[str]:
+    def command(self, run: Run, *, allow_import: bool, images: str | None = None) -> list[str]:
         """The words that begin or continue a run in a process of its own."""
         words = [sys.executable, "-m", "zsq_fast.cli"]
         consent = ["--allow-import"] if allow_import else []
@@ -151,6 +151,7 @@ class Plan:
             "threads": job.threads,
             "eval-data": job.eval_data,
             "eval-limit": job.eval_limit,
+            "images": images if run.point.recipe.images.enabled else None,
         }
         # With "=": a mean may begin with a minus.
         words += ["quantize", job.model, *(f"--{name}={value}" for name, value in given.items() if value is not None)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from zsq_fast.cli.sweep.plan import Run
 from zsq_fast.methods.images import batch_files
 from zsq_fast.runs import StopRequest
 from zsq_fast.runs.directory import IMAGES
-from zsq_fast.runs.storage import make_directory, writing
+from zsq_fast.runs.storage import link, make_directory, writing
 
 POLL = 0.1  # seconds
 PATIENCE = 30.0  # seconds that a process gets to end after it was told to stop at once
@@ -157,7 +156,7 @@ def _files(run: Run, runs: Sequence[Run]) -> list[Path]:
 
 
 def _share_images(run: Run, runs: Sequence[Run]) -> None:
-    """Puts what other runs have made into the run's own directory, as links: files of images are replaced, never rewritten.
+    """Puts what other runs have made into the run's own directory, as links.
 
     Not as one directory for all: `analyze` and `report` take what lies in a run's directory for what it was trained on.
     """
@@ -167,9 +166,4 @@ def _share_images(run: Run, runs: Sequence[Run]) -> None:
     for file in _files(run, runs):
         target = run.path / IMAGES / file.parent.name / file.name
         if file.name in wanted and not target.exists():
-            with writing(target):
-                make_directory(target.parent)
-                try:
-                    os.link(file, target)
-                except OSError:  # a file system without them
-                    shutil.copyfile(file, target)
+            link(file, target)
