@@ -24,8 +24,11 @@ TITLES = {
     "qimera": "Qimera",
     "kl_only": "KL-only",
     "ait": "AIT",
+    "ait_adam": "AIT with Adam",
+    "ait_rmsprop": "AIT with RMSprop",
     "autorecon_ait": "AutoReCon + AIT",
     "qimera_ait": "Qimera + AIT",
+    "zeroq_calibrated": "ZeroQ, calibration only",
     "zeroq": "ZeroQ images, fine-tuned",
     "zeroq_mixed": "ZeroQ, mixed weight precision",
     "intraq": "IntraQ",
@@ -95,12 +98,12 @@ def accuracy() -> str:
 
 
 def _published(bits: int) -> dict[str, papers.Row]:
-    """The papers' CIFAR-10 row of a recipe as it stands; of several the first, W3A3 often from later papers' tables."""
+    """The papers' CIFAR-10 row of a recipe as it stands, its own paper's before those of others, W3A3 often from later tables."""
+    rows = [row for paper in papers.papers() for row in papers.rows(paper).values()]
     found: dict[str, papers.Row] = {}
-    for paper in papers.papers():
-        for row in papers.rows(paper).values():
-            if f"-cifar10-w{bits}a{bits}" in row.id and not row.overrides:
-                found.setdefault(row.recipe, row)
+    for row in sorted(rows, key=lambda r: not r.id.startswith(f"{r.recipe}/")):
+        if f"-cifar10-w{bits}a{bits}" in row.id and not row.overrides:
+            found.setdefault(row.recipe, row)
     return found
 
 
@@ -410,20 +413,21 @@ PICTURES = {
 # Of a page in docs/methods/: its recipes.
 METHODS = {
     "rtn": ["rtn"], "gdfq": ["gdfq"], "qimera": ["qimera", "qimera_ait"], "autorecon": ["autorecon", "autorecon_ait"],
-    "ait": ["kl_only", "ait", "hast_ait"], "zeroq": ["zeroq", "zeroq_mixed"], "intraq": ["intraq"], "hast": ["hast"],
+    "ait": ["kl_only", "ait", "ait_adam", "ait_rmsprop", "hast_ait"],
+    "zeroq": ["zeroq_calibrated", "zeroq", "zeroq_mixed"], "intraq": ["intraq"], "hast": ["hast"],
     "synq": ["synq"], "plf": ["plf"], "squant": ["hast_squant"], "lsq": ["hast_lsq"],
 }  # fmt: skip
 
 
 def method(recipes: list[str]) -> str:
     """Last epochs of a page's recipes."""
-    found = {(r["recipe"]["name"], bits): r for bits in (4, 3) for _, r in _records(bits)}
+    found = {(r["recipe"]["name"], bits): r for bits in (8, 4, 3) for _, r in _records(bits)}
     lines = ["Measured (CIFAR-10 ResNet-20, last epoch; [everything](../results.md)):", ""]
     for name in recipes:
         told = [
             f"W{bits}A{bits} {r['results']['last']:.2f} "
             f"(drop {r['results']['float'] - r['results']['last']:.2f}, {_steps(r)[1]:,} student steps)"
-            for bits in (4, 3)
+            for bits in (8, 4, 3)
             if (r := found.get((name, bits)))
         ]
         lines.append(f"- `{name}`: {', '.join(told) or 'not yet'}")

@@ -4,6 +4,7 @@ which test covers it, or why none can. What no other file covers is tested here.
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import zsq_fast as zsq
 from zsq_fast import ops
 from zsq_fast.methods import Trainer, load_recipe
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 DATA = "needs the test images and the papers' checkpoints: "
 GPU = "needs weeks of GPU time and the test images: "
 
@@ -42,7 +44,7 @@ CHECKLISTS: dict[str, list[str] | str] = {
         "test_checklists.py::test_more_gamma_more_hard_images",
     ],
     "hast 11.8 baselines": GPU + "IntraQ and HAST, W4A4 and W3A3",
-    "hast 11.9 orderings": GPU + "alignment, promotion, number of images",
+    "hast 11.9 orderings": ["test_checklists.py::test_recorded_orderings"],
     "hast 11.10 best and last epoch": ["test_checklists.py::test_history_holds_best_and_last_epoch"],
     "hast 11.10 three seeds": GPU + "deviation over seeds",
     "ait 13.1 quantizer": [
@@ -80,7 +82,8 @@ CHECKLISTS: dict[str, list[str] | str] = {
     ],
     "ait 13.9 float accuracies and three seeds": DATA + "see hast 11.6 and 11.10",
     "ait 13.9 best and last epoch": ["test_checklists.py::test_history_holds_best_and_last_epoch"],
-    "ait 13.10 ladder": GPU + "GDFQ, KL-only and KL-only with inundation on CIFAR-100 W4A4",
+    "ait 13.10 ladder": GPU
+    + "GDFQ, KL-only and KL-only with inundation on CIFAR-100 W4A4; on CIFAR-10, test_checklists.py::test_recorded_ladder",
 }
 
 
@@ -97,6 +100,33 @@ def test_the_table_names_every_item_and_tests_that_exist():
                 defined[file] = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
             assert name in defined[file], f"{entry} is named in the table and does not exist"
         assert covering
+
+
+def _recorded(name: str) -> dict:
+    (path,) = RESULTS.glob(f"cifar10_resnet20_{name}_seed0.json")
+    found: dict = json.loads(path.read_text())
+    return found
+
+
+def test_recorded_orderings():
+    """hast_family.md 11.9 at W3A3, on the committed ablations: what the students that were trained say, not that they would again."""
+    last = {
+        name: {
+            key: student["results"]["last"]
+            for key, student in _recorded(f"hast_w3a3_ablation_{name}")["students"].items()
+        }
+        for name in ("alignment", "weights", "samples")
+    }
+    assert last["alignment"]["rfa"] - last["alignment"]["dfa"] > 3
+    assert last["weights"]["a1_b1"] - last["weights"]["a1_b0"] > 2
+    assert min(last["samples"][n] for n in ("2560", "5120")) > max(last["samples"][n] for n in ("256", "1280"))
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_recorded_ladder(bits):
+    """ait_family.md 13.10 on CIFAR-10's short schedule: KL-only above GDFQ (below it, at the published one), inundation above KL-only."""
+    gdfq, kl_only, ait = (_recorded(f"{n}_w{bits}a{bits}_*")["results"]["last"] for n in ("gdfq", "kl_only", "ait"))
+    assert gdfq < kl_only < ait
 
 
 def _formula(x: Tensor, lo: Tensor, hi: Tensor, bits: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 
 import pytest
@@ -126,6 +127,41 @@ def test_recipe_from_a_file(tmp_path):
         load_recipe(str(file), input_size=SIZE)
 
 
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[large.student]\nlearning_rate = 1", "unknown recipe option 'large.student.learning_rate'"),
+        ("[short.schedule]\nepoch = 1", "unknown recipe option 'short.schedule.epoch'. Did you mean 'epochs'"),
+        ("[short.lrage.student]\nlr = 1", "unknown recipe section 'short.lrage'. Did you mean 'large'"),
+        ("[lrage.student]\nlr = 1", "unknown recipe section 'lrage'. Did you mean 'large'"),
+        ("[large]\nschedule = 5", "recipe section 'large.schedule' must be a table of options, got 5"),
+        ("[short.large.student]\nlr = 'x'", "short.large.student.lr must be a finite number, got 'x'"),
+        ("[short]\nlarge = 3", "must be tables, got 3"),
+    ],
+)
+def test_tables_that_do_not_apply_are_checked(tmp_path, text, words):
+    (tmp_path / "base.toml").write_text(f'extends = "gdfq"\n{text}')
+    (tmp_path / "child.toml").write_text('extends = "base.toml"\n')
+    for name in "base", "child":
+        with pytest.raises(UsageError, match=re.escape(words)):
+            load_recipe(str(tmp_path / f"{name}.toml"), input_size=SIZE)
+
+
+def test_a_file_extends_one_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "base.toml").write_text('extends = "gdfq"\n[student]\nlr = 0.5\n')
+    (tmp_path / "other" / "base.toml").write_text('extends = "../base.toml"\n[student]\nmomentum = 0.25\n')
+    child = tmp_path / "other" / "child.toml"
+    child.write_text('extends = "base.toml"\n')
+    monkeypatch.chdir(tmp_path)
+    for path in child, "other/child.toml":
+        student = load_recipe(str(path), input_size=SIZE).student
+        assert (student.lr, student.momentum) == (0.5, 0.25)
+    child.write_text('extends = "../other/child.toml"\n')
+    with pytest.raises(UsageError, match="extends itself"):
+        load_recipe("other/child.toml", input_size=SIZE)
+
+
 # ---- generators --------------------------------------------------------------------------------------------------------
 
 
@@ -172,7 +208,7 @@ def test_every_recipe_runs(name, device):
      "generator.kind=conditional", "inundation.search_steps=0", "inundation.capped_epochs=0", "inundation.bisection=corrected",
      "quant.ema=faithful", "quant.ema=extrema", "student.kd_reduction=corrected", "student.optimizer=adam",
      "student.optimizer=rmsprop", "student.weight_decay=0.01",
-     "generator.bns_weight=0"],
+     "generator.bns_weight=0", "generator.norm_eps=corrected"],
 )  # fmt: skip
 def test_every_switch_changes_the_result(switch):
     plain, switched = (train("ait", *s, "quant.weight_bits=3") for s in ((), (switch,)))
