@@ -106,7 +106,20 @@ def test_recipes(quantize, tmp_path):
     quantize(2, "schedule.epoch", "Did you mean 'epochs'?", recipe=tmp_path / "strange.toml")
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"extends = 'RECIPE'", b"schedule = 3", b"title = 3"])
+ODD_RECIPES = [
+    b"\xff\xfe\x00",
+    b"extends = 'RECIPE'",
+    b"extends = 'a\\u0000b.toml'",
+    b"extends.a.b = 1",
+    b"schedule = 3",
+    b"title = 3",
+    b"title = " + b"[" * 3000 + b"]" * 3000,
+    b"schedule.epochs = " + b"1" * 5000,
+    b"student.lr." + b"a." * 3000 + b"a = 1",
+]
+
+
+@pytest.mark.parametrize("content", ODD_RECIPES, ids=range(len(ODD_RECIPES)))
 def test_odd_recipe_files(quantize, tmp_path, content):
     path = tmp_path / "odd.toml"
     path.write_bytes(content.replace(b"RECIPE", str(path).encode()))
@@ -128,6 +141,18 @@ def test_odd_recipe_files(quantize, tmp_path, content):
         ("generator.kind=gan", ["generator.kind", "'plain'"]),
         ("name.x=1", ["name"]),
         ("title.x=1", ["title"]),
+        (f"student.lr=1{'0' * 400}", ["student.lr", "finite", "000..."]),
+        (f"student.lr=1{'0' * 5000}", ["student.lr", "finite"]),
+        (f"student.lr=0x1{'0' * 5000}", ["student.lr", "finite"]),
+        (f"schedule.epochs=1{'0' * 400}", ["schedule.epochs", "whole number"]),
+        (f"student.lr={'[' * 3000}{']' * 3000}", ["student.lr", "finite"]),
+        ("student.lr=1\nfoo=2", ["'student.lr=1\\nfoo=2'", "section.option=value"]),
+        ("generator.bns_weight=-1", ["generator.bns_weight", "at least 0"]),
+        ("generator.ce_weight=-1", ["generator.ce_weight", "at least 0"]),
+        ("generator.genotype=cifar10_resnet21", ["Did you mean 'cifar10_resnet20'?"]),
+        ("schedule.milestones=[1, -1]", ["schedule.milestones", "at least 0"]),
+        ("schedule.held_out=1e30", ["schedule.held_out", "whole number"]),
+        ("schedule.held_out=1e9", ["schedule.held_out", "10000000"]),
     ],
 )
 def test_recipe_overrides(quantize, override, texts):
@@ -193,6 +218,7 @@ def test_checkpoint_missing_or_of_another_network(quantize, tiny, tmp_path):
         "surplus": good | {"surplus": torch.zeros(1)},
         "--num-classes": good | {"8.weight": torch.zeros(6, 8), "8.bias": torch.zeros(6)},
         "NaN": good | {"0.weight": torch.full_like(good["0.weight"], float("nan"))},
+        "'1.running_var' contains negative variances": good | {"1.running_var": -good["1.running_var"]},
     }
     for text, tensors in changes.items():
         save_file(tensors, path)
@@ -273,6 +299,8 @@ def test_output_directory(quantize, tiny, tmp_path):
     (occupied / "thesis.tex").write_text("")
     quantize(2, "thesis.tex")
     quantize(2, "is a file", extra=["--out", tiny.source])
+    for name in "\ud800", "a\0b":
+        quantize(2, repr(name), "character", extra=["--out", name])
 
 
 def test_names_too_long_for_the_file_system(capsys, quantize, tiny, tmp_path):

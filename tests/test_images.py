@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import signal
 
@@ -31,6 +32,7 @@ from zsq_fast.methods.images import (
     synthesize_images,
 )
 from zsq_fast.methods.recipe import Images, Recipe
+from zsq_fast.runs.tensors import pack
 
 SIZE = (3, 8, 8)
 HAST = dict(hard_weight=10.0)
@@ -513,6 +515,42 @@ def test_any_corrupt_byte_is_found(file):
     save_file({"images": made.images, "labels": made.labels}, path)
     with pytest.raises(BadFileError, match="no file of optimised images"):
         load_images(path)
+
+
+def write_whole(path, labels, text):
+    """A file whose SHA-256 is right, whatever else is wrong."""
+    tensors = {"images": torch.zeros(4, *SIZE), "labels": torch.tensor(labels)}
+    path.write_bytes(pack(tensors, {"provenance": text, "sha256": module._tensors_sha256(tensors, text)}))
+
+
+STRANGE = [
+    ([0, 1, 2, 3], "[]", "no file of optimised images"),
+    ([0, 1, 2, 3], "5", "no file of optimised images"),
+    ([0, 1, 2, 3], "null", "no file of optimised images"),
+    ([0, 1, 2, 3], "[" * 100_000, "no file of optimised images"),
+    ([0, 1, 2, 3], '{"num_classes": 4, "other": null}', "another"),
+    ([[0], [1], [2], [3]], '{"num_classes": 4}', "int64 labels"),
+    ([0, 1, 2, 99], '{"num_classes": 4}', "from 0 to 3, got 99"),
+    ([0, 1, 2, -1], '{"num_classes": 4}', "from 0 to 3, got -1"),
+    ([0, 1, 2, -1], "{}", "at least 0, got -1"),
+]
+
+
+@pytest.mark.parametrize("labels, text, words", STRANGE, ids=range(len(STRANGE)))
+def test_strange_files_are_refused(tmp_path, labels, text, words):
+    path = tmp_path / "set.safetensors"
+    write_whole(path, labels, text)
+    with pytest.raises(BadFileError, match=words):
+        load_images(path, {"num_classes": 4})
+
+
+@pytest.mark.parametrize("labels, changed", [([0, 1, 2, 99], {}), ([[0]] * 4, {}), ([0, 1, 2, 3], None)])
+def test_strange_batches_are_made_anew(tmp_path, labels, changed):
+    wanted = make(how=cached_images, first=[tmp_path], count=4, iterations=1)
+    (kept,) = tmp_path.rglob("*.safetensors")
+    _, origin = load_images(kept)
+    write_whole(kept, labels, json.dumps(changed if changed is None else origin | changed))
+    assert same(make(how=cached_images, first=[tmp_path], count=4, iterations=1), wanted)
 
 
 def test_nan_enters_no_file_and_leaves_none(file, monkeypatch):

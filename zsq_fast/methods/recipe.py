@@ -147,7 +147,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         _require(0 <= self.held_out <= MOST_HELD_OUT, "schedule.held_out", f"from 0 to {MOST_HELD_OUT}", self.held_out)
-        _require(all(m >= 0 for m in self.milestones), "schedule.milestones", "epoch indices of at least 0", self.milestones)
+        _require(all(m >= 0 for m in self.milestones), "schedule.milestones", "indices of at least 0", self.milestones)
         for name in ("epochs", "iterations", "batch_size", "calibration_epochs"):
             _require(getattr(self, name) >= 1, f"schedule.{name}", "at least 1", getattr(self, name))
         _require(
@@ -495,8 +495,10 @@ class Recipe:
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """Raises UsageError for an unknown key (nearest name offered), a wrong type or a value out of range."""
         types = get_type_hints(cls)
-        checked = _checked(values)
-        return cls(**{key: value if isinstance(value, str) else types[key](**value) for key, value in checked.items()})
+        made: dict[str, Any] = {}
+        for key, value in _checked(values).items():
+            made[key] = value if isinstance(value, str) else types[key](**value)
+        return cls(**made)
 
 
 def _checked(values: Mapping[str, Any], where: str = "", more: Sequence[str] = ()) -> dict[str, Any]:
@@ -590,13 +592,13 @@ def _resolve(name: str, large: bool, schedule: str, children: tuple[str, ...] = 
 
     Keys and types of all tables are checked, be they used or not. A parent's path is relative to the file that names it.
     """
-    table = _read(name)
-    file = name if name in _builtin() else os.path.realpath(name)
+    table, builtin = _read(name), _builtin()
+    file = name if name in builtin else os.path.realpath(name)
     if file in children:
         raise UsageError(f"the recipe '{name}' extends itself; remove or change its line 'extends'.")
     parent = table.pop("extends", None)
-    if file != name and isinstance(parent, str) and parent not in _builtin():
-        parent = os.path.join(os.path.dirname(name), parent) if parent.endswith(".toml") else parent
+    if name not in builtin and isinstance(parent, str) and parent.endswith(".toml"):
+        parent = os.path.join(os.path.dirname(name), parent)
     resolved = {} if parent is None else _resolve(parent, large, schedule, (*children, file))
     for_large, short = table.pop("large", {}), table.pop("short", {})
     for_short_large = short.pop("large", {}) if isinstance(short, dict) else {}

@@ -38,7 +38,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a .safetensors file, or a pickled one with `weights_only=True` and never any other way.
 
     "module." prefixes and a {"state_dict": ...} wrapper are taken off. Raises BadFileError naming the file, and the
-    tensor where one is to blame: missing, truncated, a pickle that holds more than tensors, NaN or infinite values.
+    tensor where one is to blame: missing, truncated, a pickle that holds more than tensors, NaN or infinite values, negative
+    running variances.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -55,6 +56,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise BadFileError(f"{path}: tensor '{name}' contains NaN or infinite values: use an intact checkpoint.")
+        if name.split(".")[-1] == "running_var" and bool((tensor < 0).any()):
+            raise BadFileError(f"{path}: tensor '{name}' contains negative variances: use an intact checkpoint.")
     return Checkpoint(path, hashlib.sha256(data).hexdigest(), tensors, metadata)
 
 
