@@ -29,7 +29,7 @@ def test_help_names_every_verb(capsys):
 
 
 @pytest.mark.parametrize(
-    "verb", ["quantize", "resume", "evaluate", "analyze", "watch", "reproduce", "sweep", "recipes", "env"]
+    "verb", ["quantize", "synthesize", "resume", "evaluate", "analyze", "watch", "reproduce", "sweep", "recipes", "env"]
 )
 def test_help_of_each_verb(capsys, verb):
     code, out, err = call(capsys, verb, "--help")
@@ -95,6 +95,23 @@ def test_dry_run_prints_the_plan_and_writes_nothing(capsys, tiny, tmp_path):
     assert {s["name"]: s["count"] for s in cost["stages"]}["student steps"] == 396 * 200 and cost["runs"] == 1
     assert cost["seconds"] == pytest.approx(sum(s["count"] * s["seconds_each"] for s in cost["stages"]))
     assert not out_dir.exists()
+
+
+def test_dry_run_looks_for_no_bits(capsys, tiny, monkeypatch):
+    monkeypatch.setattr("zsq_fast.methods.mixed.sensitivity", lambda *_, **__: pytest.fail("it ran"))
+    words = ("quantize", *tiny.model, "--recipe", "zeroq_mixed", "-w", 4, "-a", 4, "--dry-run", "--threads", 1)
+    words += ("--set", "images.batch_size=8", "--set", "images.count=8")
+    code, out, err = call(capsys, *words)
+    assert code == 0, err
+    assert "iterations of images to find bits" in out and "forward passes to find bits" in out
+    assert "bits: found for every layer by a search when a run begins, 4 on average; shown as if all had 4" in out
+    code, out, _ = call(capsys, *words, "--json")
+    plan = json.loads(out)
+    assert plan["bits_by_search"] and plan["recipe"]["quant"]["layer_bits"] == []
+    assert "forward passes to find bits" in {stage["name"] for stage in plan["estimate"]["stages"]}
+    code, out, _ = call(capsys, *words, "--json", "--set", "quant.layer_bits=['0=4','3=4','8=4']")
+    plan = json.loads(out)
+    assert not plan["bits_by_search"] and "to find bits" not in json.dumps(plan["estimate"])
 
 
 def test_what_stays_float_is_listed(capsys, tiny):

@@ -14,6 +14,7 @@ from zsq_fast.methods import Trainer, load_recipe
 from zsq_fast.methods import estimate as module
 from zsq_fast.methods.estimate import estimate
 from zsq_fast.methods.held_out import HeldOut
+from zsq_fast.methods.search import Search
 from zsq_fast.methods.synthesis import Synthesis
 
 SIZE = (3, 8, 8)
@@ -102,6 +103,21 @@ def test_what_a_run_refuses_is_refused():
     untrained = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(UnsupportedModelError, match="looks untrained"):
         estimate(untrained.eval(), recipe("ait"), input_size=SIZE)
+
+
+def test_the_search_for_a_generator_is_counted(monkeypatch):
+    """On the super-net, with its choices and both optimizers; the generator steps are those of a usual generator."""
+    seen = []
+    step = Search.step
+    monkeypatch.setattr(Search, "step", lambda self, i: (seen.append(type(self.net).__name__), step(self, i))[1])
+    monkeypatch.setattr("zsq_fast.methods.search.search_generator", lambda *_, **__: pytest.fail("it ran"))
+    search = recipe("autorecon", "generator.genotype=search", "generator.search_steps=70")
+    stages = estimate(residual(), search, input_size=SIZE).stages
+    assert (stages[0].name, stages[0].count) == ("search steps", 70) and stages[0].each > 0
+    assert seen == ["SuperNet"] * 3
+    assert stages[1:] and [s.name for s in stages[1:]] == [
+        s.name for s in estimate(residual(), recipe("autorecon"), input_size=SIZE).stages
+    ]
 
 
 def test_bits_are_not_looked_for(monkeypatch):

@@ -20,6 +20,7 @@ from zsq_fast.methods.autorecon import OPERATIONS, PUBLISHED, AutoRecon, Branch,
 from zsq_fast.methods.blocks import ConditionalBatchNorm2d
 from zsq_fast.methods.generators import Generator, Qimera, build_generator, classifier_rows
 from zsq_fast.methods.synthesis import Draw, Synthesis, label_ce
+from zsq_fast.runs import Progress
 
 SIZE = (3, 8, 8)
 TINY = ["schedule.epochs=2", "schedule.iterations=3", "schedule.batch_size=8", "schedule.warmup_epochs=1", "schedule.calibration_epochs=1",
@@ -389,6 +390,13 @@ def test_logits_find_the_cheapest_candidates():
         optimizer.step()
     regrets = torch.stack([price[logits.argmax()] - price.min() for logits, price in zip(net.logits, prices)])
     assert (regrets == 0).sum() >= 24 and regrets.mean() < 0.15  # of 33; drawn blindly: 7 and 1.1
+
+
+def test_search_shows_its_steps(capsys, monkeypatch):
+    monkeypatch.setattr("zsq_fast.runs.progress._LINE_SECONDS", 0.0)
+    r = recipe("autorecon", "search_steps=2", "genotype=search")
+    Trainer(tiny(), r, input_size=SIZE, progress=Progress(interactive=False))
+    assert "search for a generator: 2/2" in capsys.readouterr().err
 
 
 def test_search_follows_its_seed():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 
@@ -167,7 +168,7 @@ def test_changes_of_the_user_are_told_apart_from_the_row(capsys, tiny, tmp_path)
     assert code == 0, err
     report = json.loads(text)
     assert (report["weight_bits"], report["act_bits"]) == (8, 3)
-    own = [w for before, w in zip(NUMBERS, NUMBERS[1:]) if before == "--set"]
+    own = [w for before, w in itertools.pairwise(NUMBERS) if before == "--set"]
     assert report["changed_from_row"] == [*own, *changes]
     assert report["overrides"] == ["student.clean_weight=1"], "the row's other one does not hold"
     code, text, err = call(capsys, *given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -22,6 +23,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"zsq-fast {verb}", description=description, allow_abbrev=False)
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        for word in words:
+            self._check_text(word)
         for word in itertools.takewhile(lambda word: word != "--", words):
             if word.startswith("--"):  # a misspelt option is better news than the missing one it was meant to be
                 self._check_known(word.split("=")[0])
@@ -30,6 +33,15 @@ class Parser(argparse.ArgumentParser):
             self._check_known(word)
             raise UsageError(f"{self.prog} does not know what to do with '{word}'; see {self.prog} --help.")
         return arguments
+
+    def _check_text(self, word: str) -> None:
+        """No shell passes such words on; a program that calls `main` may."""
+        try:
+            possible = b"\0" not in os.fsencode(word)
+        except UnicodeEncodeError:
+            possible = False
+        if not possible:
+            raise UsageError(f"{self.prog}: the argument {word!r} holds a character that no name of a file can hold.")
 
     def _check_known(self, name: str) -> None:
         if name.startswith("-") and name not in self._option_string_actions:

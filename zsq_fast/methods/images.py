@@ -545,7 +545,8 @@ def load_images(
 def _check(image_set: ImageSet, path: Path, num_classes: Any) -> None:
     """`num_classes` as a provenance holds it; anything but an integer leaves the number of classes open."""
     images, labels = image_set
-    if images.dtype != torch.float32 or images.dim() != 4 or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+    typed = images.dtype == torch.float32 and labels.dtype == torch.int64
+    if not typed or images.dim() != 4 or labels.shape != images.shape[:1]:
         raise BadFileError(f"{path}: images must be float32 [N, C, H, W] with int64 labels [N].")
     if not torch.isfinite(images).all():
         raise BadFileError(f"{path}: the images contain NaN or infinite values.")

@@ -108,6 +108,16 @@ def replace_file(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def link(source: Path, target: Path) -> None:
+    """A second name for a file that is only ever replaced, never rewritten; a copy where the file system has no links."""
+    with writing(target):
+        make_directory(target.parent)
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+
+
 def remove_tree(directory: Path) -> None:
     """Renamed first: a kill half-way must not leave something that looks like a damaged checkpoint."""
     doomed = directory.with_name(f"{TMP}gone-{directory.name}-{os.getpid()}")
