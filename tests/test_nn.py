@@ -75,6 +75,22 @@ def test_act_range_life(device):
         zsq.QuantAct(4, ema="emma")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_students_in_half_precision(dtype, device):
+    """Weights and activations are cast, ranges stay as they were found."""
+    student = zsq.convert(tiny(), 4, 4, ema="plain", input_size=(3, 8, 8)).to(device)
+    x = torch.rand(4, 3, 8, 8, device=device)
+    student.train()(x)
+    student.eval()
+    before, want = {n: b.clone() for n, b in student.named_buffers() if n.endswith((".lo", ".hi"))}, student(x).detach()
+    student.to(dtype)
+    after = dict(student.named_buffers())
+    assert all(after[n].dtype == torch.float32 and torch.equal(after[n], b) for n, b in before.items()) and before
+    got = student(x.to(dtype))
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), want, rtol=0.3, atol=0.3 * float(want.abs().max()))
+
+
 def test_extrema_never_shrink(device):
     act, rng = zsq.QuantAct(4, ema="extrema").to(device), torch.Generator().manual_seed(0)
     batches = [(torch.randn(5, 3, generator=rng) * scale).to(device) for scale in (1, 3, 0.1)]

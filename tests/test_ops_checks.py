@@ -167,12 +167,54 @@ Q = torch.ones(())
         ),
         (lambda x: ops.bn_act_fake_quant(x, nn.BatchNorm2d(3), Q - 1, Q, 4), ValueError, "norm must be in eval mode"),
         (lambda x: step([x, x], [x, x], [x.clone(), x.clone()]), ValueError, "gi_sgd_: weights and momenta .* one twice"),
+        (lambda x: ops.fake_quant_weights(x, 4), TypeError, "weights must be a sequence of tensors, got Tensor"),
+        (lambda x: ops.fake_quant_weights(None, 4), TypeError, "weights must be a sequence of tensors, got NoneType"),
+        (lambda x: ops.fake_quant_weights([], 4.5), TypeError, "fake_quant_weights: bits must be of type int, got float"),
+        (lambda x: step(x, [x], [x]), TypeError, "gi_sgd_: weights must be a sequence of tensors, got Tensor"),
+        (lambda x: ops.bn_act_fake_quant(x, None, Q - 1, Q, 4), TypeError, "norm must be a batch norm, got NoneType"),
+        (lambda x: ops.bn_act_fake_quant(x, nn.GroupNorm(3, 3), Q - 1, Q, 4), TypeError, "norm must be .* got GroupNorm"),
+        (lambda x: ops.bn_act_fake_quant(x, nn.BatchNorm2d(3, eps=INF).eval(), Q - 1, Q, 4), ValueError, "eps must be finite"),
+        (lambda x: ops.distillation_loss(x[0, 0], x[0, 1], kd_weight=INF), ValueError, "kd_weight must be finite, got inf"),
+        (lambda x: step([x], [x], [x.view(3, 2, 4, 4)]), ValueError, r"momenta\[0\] must have shape"),
+        (lambda x: step([x[:1]], [x[:1]], [x[:1]]), ValueError, "weights and momenta must not share memory"),
+        (lambda x: step([x.flatten()[:40], x.flatten()[20:60]], [torch.ones(40)] * 2, [torch.zeros(40), torch.zeros(40)]),
+         ValueError, "weights and momenta must not share memory"),
         (lambda x: step([x], [x], [x]), ValueError, "gi_sgd_: weights and momenta .* one twice"),
     ],
 )  # fmt: skip
 def test_refused_before_the_kernel(call, error, words):
     with pytest.raises(error, match=words):
         call(torch.randn(2, 3, 4, 4))
+
+
+def test_states_that_share_memory_are_refused(device):
+    state = torch.ones(2, device=device)
+    with pytest.raises(ValueError, match="fake_quant_act_running: lo, hi and beta_t must be different tensors"):
+        ops.fake_quant_act_running(torch.randn(4, device=device), state[:1], state[:1], state[1:], 4)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: ops.fake_quant_weight(x, 4),
+        lambda x: ops.fake_quant_weights([x, x], 4)[1],
+        lambda x: ops.fake_quant_act(x, Q - 1, Q, 4),
+        lambda x: ops.fake_quant_act(x, Q - 1, Q, 4, ste="clip"),
+        lambda x: ops.fake_quant_act_running(x, Q.clone(), Q.clone(), Q.clone(), 4),
+        lambda x: ops.fake_quant_learned(x, Q, -8, 7, 0.1),
+        lambda x: ops.bn_act_fake_quant(x, nn.BatchNorm2d(3).eval(), Q - 1, Q, 4),
+        lambda x: ops.bn_stats_match(x, torch.zeros(3), torch.ones(3)),
+        lambda x: ops.distillation_loss(x[0, 0], x[0, 1]),
+        lambda x: ops.feature_alignment(x, x + 1),
+        lambda x: ops.sign_perturb(x, x, 0.1),
+    ],
+)
+def test_forward_mode_raises_instead_of_a_zero_tangent(call):
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(call, (x,), (x,))
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(call, (x,), (x,))
 
 
 def step(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> None:

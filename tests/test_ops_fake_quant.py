@@ -130,25 +130,6 @@ def test_weights_layouts(layout, device):
     assert out[0].stride() == out[2].stride() == torch.empty_like(x).stride()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_weights_on_cuda_share_one_allocation():
-    """Whatever is kept of it stays whole, also for the stream that `record_stream` names."""
-    weights = [torch.randn(n, 3, 3, device="cuda").to(torch.float16) for n in (5, 8, 16)]
-    ops.fake_quant_weights(weights, 4)  # anything that is loaded lazily
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    out = ops.fake_quant_weights(weights, 4)
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] - before == 1
-    assert len({o.untyped_storage().data_ptr() for o in out}) == 1 and not any(o.data_ptr() % 256 for o in out)
-    assert not any(o._is_view() for o in out)
-    kept = out[1]
-    kept.record_stream(torch.cuda.Stream())
-    del out
-    ops.fake_quant_weights([-w for w in weights], 4)
-    same(kept, reference.fake_quant_weight(weights[1], 4))
-    kept.zero_()
-    assert kept._version == 1
-
-
 def test_weights_gradient_is_the_identity(device):
     weights = [torch.randn(4, 3, device=device, requires_grad=i != 1) for i in range(4)]
     out = ops.fake_quant_weights(weights, 3)

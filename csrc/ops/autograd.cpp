@@ -21,7 +21,11 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 void mark_changed(const Tensor& t) {
   if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
 }
-bool wants_grad(const Tensor& t) { return at::GradMode::is_enabled() && t.requires_grad(); }
+bool wants_grad(const Tensor& t) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!t._fw_grad(0).defined(),
+                              "zsq: no forward-mode derivative of this operation; use reverse mode");  // else it were 0
+  return at::GradMode::is_enabled() && t.requires_grad();
+}
 
 // The fused backward passes have no derivative. Without this autograd would take their results for constants.
 void first_derivative_only(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {

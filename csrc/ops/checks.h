@@ -21,6 +21,10 @@ inline void check_bits(const char* op, int64_t bits) {
   TORCH_CHECK_VALUE(bits >= 2 && bits <= 8, op, ": bits must be 2 to 8, got ", bits);
 }
 
+inline void check_eps(const char* op, double eps) {
+  TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0, op, ": eps must be finite and not negative, got ", eps);
+}
+
 inline bool is_wide(const Tensor& t) { return t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble; }
 inline void check_wide(const char* op, const char* arg, const Tensor& t) {
   TORCH_CHECK_TYPE(is_wide(t), op, ": ", arg, " must be float32 or float64, got ", t.scalar_type());

@@ -50,31 +50,6 @@ void launch_wide(const Tensor& t, F launch) {
 Tensor workspace(const Tensor& like, size_t bytes) {
   return at::empty({int64_t(bytes)}, like.options().dtype(at::kByte));
 }
-
-// Results of one call in one allocation: making many small ones costs more than filling them. They share its storage
-// (unlike the CPU's ResultBlock), so that `record_stream` on one of them reaches the caching allocator.
-class ResultArena {
- public:
-  explicit ResultArena(at::TensorList like) {  // room for a result like each of these
-    int64_t bytes = 0;
-    for (const Tensor& t : like) bytes += padded(t);
-    memory_ = at::empty({bytes}, like[0].options().dtype(at::kByte));
-  }
-  Tensor empty_like(const Tensor& dense) {
-    Tensor result = at::detail::make_tensor<c10::TensorImpl>(
-        c10::Storage(memory_.storage()), c10::DispatchKeySet(c10::DispatchKey::CUDA), dense.dtype());
-    result.unsafeGetTensorImpl()->set_sizes_and_strides(dense.sizes(), dense.strides(), next_ / dense.element_size());
-    next_ += padded(dense);
-    return result;
-  }
-
- private:
-  static int64_t padded(const Tensor& t) {  // aligned as a fresh allocation is
-    return int64_t(t.nbytes() + 255) / 256 * 256;
-  }
-  Tensor memory_;
-  int64_t next_ = 0;
-};
 }  // namespace
 }  // namespace zsq
 

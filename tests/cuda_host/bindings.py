@@ -21,7 +21,11 @@ class GiTensor(c.Structure):
 
 class GiOptions(c.Structure):
     _fields_ = [(n, c.c_double) for n in ("lr", "momentum", "weight_decay", "threshold")]
-    _fields_ += [("bits", c.c_int), ("search_steps", c.c_int), *((n, c.c_bool) for n in ("nesterov", "capped", "guaranteed"))]
+    _fields_ += [
+        ("bits", c.c_int),
+        ("search_steps", c.c_int),
+        *((n, c.c_bool) for n in ("nesterov", "capped", "guaranteed")),
+    ]
 
 
 SUFFIXES = {torch.float32: "_f32", torch.float64: "_f64", torch.bfloat16: "_bf16", torch.float16: "_f16"}

@@ -267,6 +267,18 @@ class QuantAct(_Ranged):
         self.register_buffer("beta_t", torch.tensor(1.0, device=device, dtype=dtype))
         self.set_ranges(ranges, (), self.lo)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantAct:
+        kept = {name: getattr(self, name) for name in ("lo", "hi", "beta_t")}
+        super()._apply(fn, recurse)
+        for (
+            name,
+            exact,
+        ) in kept.items():  # ranges of half-precision activations are held in float32, as the kernels want them
+            moved = getattr(self, name)
+            if moved.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, exact.to(moved.device, torch.float32))
+        return self
+
     def freeze(self) -> QuantAct:
         """Keep the range as it is from now on, or begin to learn it."""
         self.frozen = True

@@ -11,7 +11,7 @@ and the command that builds them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -86,19 +86,28 @@ def fake_quant_weight(weight: Tensor, bits: int) -> Tensor:
     return _fake_quant_weight(weight, bits)
 
 
+def _tensors(op: str, name: str, given: Sequence[Tensor]) -> list[Tensor]:
+    """As a list; a tensor would be split along its first dimension instead."""
+    if isinstance(given, Tensor) or not isinstance(given, Iterable):
+        raise TypeError(f"{op}: {name} must be a sequence of tensors, got {type(given).__name__}")
+    return list(given)
+
+
 def fake_quant_weights(weights: Sequence[Tensor], bits: int) -> list[Tensor]:
     """`fake_quant_weight` of many tensors in one call: one launch on CUDA (for each 1,000), one parallel region on the CPU.
 
-    The results share one block of memory, which lives as long as any of them; on CUDA it is also the storage of each.
+    On the CPU the results share one block of memory, which lives as long as any of them.
 
     Args:
         weights: tensors `[C, ...]` of one dtype and device, e.g. all weights of a network.
         bits: 2 to 8, the same for all.
     """
-    weights = list(weights)
+    weights = _tensors("fake_quant_weights", "weights", weights)
     if weights:
         return _fake_quant_weights(weights, bits)
-    if not 2 <= bits <= 8:  # without a tensor there is no device to dispatch to, and no kernel to check
+    if not isinstance(bits, int):  # without a tensor there is no device to dispatch to, and no kernel to check
+        raise TypeError(f"fake_quant_weights: bits must be of type int, got {type(bits).__name__}")
+    if not 2 <= bits <= 8:
         raise UsageError(f"fake_quant_weights: bits must be 2 to 8, got {bits}")
     return []
 
@@ -226,6 +235,8 @@ def bn_act_fake_quant(
     """
     if ste not in ("identity", "clip"):
         raise UsageError(f"bn_act_fake_quant: ste must be 'identity' or 'clip', got {ste!r}")
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        raise TypeError(f"bn_act_fake_quant: norm must be a batch norm, got {type(norm).__name__}")
     if norm.running_mean is None or norm.running_var is None:
         raise UsageError("bn_act_fake_quant: norm keeps no running statistics (track_running_stats=False)")
     if norm.training:
@@ -333,10 +344,13 @@ def gi_sgd_(
         guaranteed: take the smallest factor tried that reaches the threshold. The published code takes the last one tried, which
             may fall short of it.
     """
-    weights, momenta = list(weights), list(momenta)
+    weights, grads, momenta = (
+        _tensors("gi_sgd_", name, given)
+        for name, given in (("weights", weights), ("grads", grads), ("momenta", momenta))
+    )
     if len({id(t) for t in weights + momenta}) < len(weights) + len(momenta):
         raise UsageError("gi_sgd_: weights and momenta must be different tensors, got one twice")
     _gi_sgd_(
-        weights, list(grads), momenta, kappa, changed, lr, momentum, nesterov, weight_decay, bits, threshold, search_steps,
+        weights, grads, momenta, kappa, changed, lr, momentum, nesterov, weight_decay, bits, threshold, search_steps,
         capped, guaranteed,
     )  # fmt: skip

@@ -51,7 +51,14 @@ def _codes_of(weight: Tensor, bits: int) -> Tensor:
 
 
 def _search_kappa(
-    w: Tensor, direction: Tensor, lr: float, bits: int, threshold: float, search_steps: int, capped: bool, guaranteed: bool
+    w: Tensor,
+    direction: Tensor,
+    lr: float,
+    bits: int,
+    threshold: float,
+    search_steps: int,
+    capped: bool,
+    guaranteed: bool,
 ) -> float:
     """AIT gradient inundation (ait_family.md 7.2): doubling, then bisection; the last midpoint wins, or, guaranteed, the upper end."""
     before = _codes_of(w, bits)

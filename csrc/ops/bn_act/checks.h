@@ -11,8 +11,9 @@ inline Activation parse_activation(const char* op, std::string_view name) {
 }
 
 inline void check_bn(const char* op, const Tensor& x, const Tensor& mean, const Tensor& var,
-                     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias) {
+                     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps) {
   check_feature_map(op, x);
+  check_eps(op, eps);
   check_channels(op, "mean", mean, x);
   check_channels(op, "var", var, x);
   if (weight) check_channels(op, "weight", *weight, x);
@@ -21,17 +22,18 @@ inline void check_bn(const char* op, const Tensor& x, const Tensor& mean, const 
 
 inline void check_bn_act(const char* op, const Tensor& x, const std::optional<Tensor>& residual, const Tensor& mean,
                          const Tensor& var, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                         const Tensor& lo, const Tensor& hi, int64_t bits) {
+                         double eps, const Tensor& lo, const Tensor& hi, int64_t bits) {
   check_bits(op, bits);
-  check_bn(op, x, mean, var, weight, bias);
+  check_bn(op, x, mean, var, weight, bias, eps);
   if (residual) check_same(op, "residual", *residual, "x", x);
   check_scalar(op, "lo", lo, "x", x);
   check_scalar(op, "hi", hi, "x", x);
 }
 
 inline void check_bn_act_backward(const char* op, const Tensor& grad, const Tensor& mask, const Tensor& x,
-                                  const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight) {
-  check_bn(op, x, mean, var, weight, std::nullopt);
+                                  const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight,
+                                  double eps) {
+  check_bn(op, x, mean, var, weight, std::nullopt, eps);
   check_same(op, "grad", grad, "x", x);
   TORCH_CHECK_TYPE(mask.scalar_type() == at::kByte, op, ": mask must be uint8, got ", mask.scalar_type());
   TORCH_CHECK_VALUE(mask.device() == x.device(), op, ": mask must be on the device of x (", x.device(), "), got ",

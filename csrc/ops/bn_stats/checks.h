@@ -11,8 +11,9 @@ inline void check_bn_stats(const char* op, const Tensor& x, const Tensor& mean, 
 }
 
 inline void check_bn_eval(const char* op, const Tensor& x, const Tensor& mean, const Tensor& var,
-                          const std::optional<Tensor>& weight) {
+                          const std::optional<Tensor>& weight, double eps) {
   check_feature_map(op, x);
+  check_eps(op, eps);
   check_channels(op, "mean", mean, x);
   check_channels(op, "var", var, x);
   if (weight) check_channels(op, "weight", *weight, x);
@@ -28,8 +29,8 @@ inline void check_sums(const char* op, const char* arg, const Tensor& sums, cons
 
 inline void check_bn_eval_backward(const char* op, const std::optional<Tensor>& grad_y, const Tensor& grad_sums,
                                    const Tensor& x, const Tensor& mean, const Tensor& var,
-                                   const std::optional<Tensor>& weight) {
-  check_bn_eval(op, x, mean, var, weight);
+                                   const std::optional<Tensor>& weight, double eps) {
+  check_bn_eval(op, x, mean, var, weight, eps);
   check_sums(op, "grad_sums", grad_sums, x, x.size(1));
   if (!grad_y) return;
   check_same(op, "grad_y", *grad_y, "x", x);

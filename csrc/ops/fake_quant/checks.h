@@ -33,6 +33,9 @@ inline void check_act_running(const char* op, const Tensor& x, const Tensor& lo,
                               int64_t bits, double decay) {
   check_act(op, x, lo, hi, bits);
   check_scalar(op, "beta_t", beta_t, "x", x);
+  const void *first = lo.const_data_ptr(), *second = hi.const_data_ptr(), *third = beta_t.const_data_ptr();
+  TORCH_CHECK_VALUE(first != second && second != third && first != third, op,
+                    ": lo, hi and beta_t must be different tensors, got one twice");
   TORCH_CHECK_VALUE(decay > 0 && decay < 1, op, ": decay must lie between 0 and 1, got ", decay);
   TORCH_CHECK_VALUE(x.numel() > 0, op, ": x must not be empty, an empty tensor has no range; got shape ", x.sizes());
 }

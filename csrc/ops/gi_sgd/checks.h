@@ -8,6 +8,21 @@ inline void check_item(const char* op, const char* list, size_t i, const Tensor&
     check_like(op, (std::string(list) + "[" + std::to_string(i) + "]").c_str(), t, "its weight", weight);
 }
 
+// What a step writes must not share memory: each tensor would see the other's half-done step.
+inline void check_apart(const char* op, at::TensorList weights, at::TensorList momenta) {
+  std::vector<std::pair<const char*, const char*>> ranges;
+  for (const auto list : {weights, momenta})
+    for (const Tensor& t : list) {
+      if (t.numel() == 0 || !t.is_non_overlapping_and_dense()) continue;
+      const auto* begin = static_cast<const char*>(t.const_data_ptr());
+      ranges.emplace_back(begin, begin + t.nbytes());
+    }
+  std::sort(ranges.begin(), ranges.end());
+  for (size_t i = 1; i < ranges.size(); ++i)
+    TORCH_CHECK_VALUE(ranges[i - 1].second <= ranges[i].first, op,
+                      ": weights and momenta must not share memory, got tensors that overlap");
+}
+
 inline void check_gi_sgd(at::TensorList weights, at::TensorList grads, at::TensorList momenta, const Tensor& kappa,
                          const Tensor& changed, const GiOptions& o) {
   const char* op = "gi_sgd_";
@@ -28,6 +43,7 @@ inline void check_gi_sgd(at::TensorList weights, at::TensorList grads, at::Tenso
     TORCH_CHECK_VALUE(momenta[i].sizes() == w.sizes(), op, ": momenta[", i, "] must have shape ", w.sizes(), ", got ",
                       momenta[i].sizes());
   }
+  check_apart(op, weights, momenta);
   check_like(op, "kappa", kappa, "weights[0]", weights[0]);
   TORCH_CHECK_TYPE(changed.scalar_type() == at::kLong, op, ": changed must be int64, got ", changed.scalar_type());
   TORCH_CHECK_VALUE(changed.device() == weights[0].device(), op, ": changed must be on ", weights[0].device(), ", got ",

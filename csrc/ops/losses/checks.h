@@ -20,6 +20,8 @@ inline void check_distillation(const char* op, const Tensor& student, const std:
   }
   TORCH_CHECK_VALUE(std::isfinite(o.temperature) && o.temperature > 0, op,
                     ": temperature must be positive and finite, got ", o.temperature);
+  for (const auto& [name, weight] : {std::pair{"kd_weight", o.kd_weight}, {"ce_weight", o.ce_weight}})
+    TORCH_CHECK_VALUE(std::isfinite(weight), op, ": ", name, " must be finite, got ", weight);
   TORCH_CHECK_VALUE(std::isfinite(o.gamma) && o.gamma >= 0, op, ": gamma must be at least 0 and finite, got ", o.gamma);
 }
 
