@@ -54,6 +54,10 @@ def shared() -> Path | None:
     return next((Path(f).resolve() for f in folders if f and Path(f, "golden", "check.py").exists()), None)
 
 
+def commit() -> str:
+    return output("git", "rev-parse", "HEAD") + ("-dirty" if output("git", "status", "--porcelain") else "")
+
+
 def machine(device: str) -> dict[str, str]:
     import torch
 
@@ -64,7 +68,7 @@ def machine(device: str) -> dict[str, str]:
         "nvcc": (re.findall(r"release ([\d.]+)", output("nvcc", "--version")) or [""])[0],
         "torch": torch.__version__,
         "python": sys.version.split()[0],
-        "commit": output("git", "rev-parse", "HEAD") + ("-dirty" if output("git", "status", "--porcelain") else ""),
+        "commit": commit(),
     }
 
 
@@ -147,7 +151,7 @@ def run(step: Step, log: Path, left: float, patience: float = 1) -> dict[str, ob
         return {"outcome": "failed", "why": "no time left"}
     where = ROOT if step.name == "build" else SITE
     paths = os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"} | step.settings
+    env = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "ZSQ_COMMIT": commit()} | step.settings
     started = time.monotonic()
     with log.open("w") as file:
         try:

@@ -31,21 +31,34 @@ def _processor() -> str:
     return platform.processor()
 
 
+def _commit() -> str:
+    changed = _output("git", "status", "--porcelain", "--", "../zsq_fast", "../csrc")
+    return _output("git", "rev-parse", "HEAD") + ("-dirty" if changed else "")
+
+
+def _driver() -> str:
+    try:
+        return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    except OSError:
+        return "unknown"
+
+
 def environment() -> dict[str, Any]:
-    """Device, versions, commit and command line of this process."""
+    """Device, versions, commit (that of ZSQ_COMMIT, where this is a copy outside the repository) and command line of this process."""
     from zsq_fast import _build
 
     return {
         "command": " ".join(
             ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *map(os.path.basename, sys.argv[1:])]
         ),
-        "commit": _output("git", "rev-parse", "HEAD")
-        + ("-dirty" if _output("git", "status", "--porcelain", "--", "../zsq_fast", "../csrc") else ""),
+        "commit": os.environ.get("ZSQ_COMMIT") or _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": _driver() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "zsq_fast": zsq.__version__,

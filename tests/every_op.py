@@ -93,6 +93,24 @@ def _inundation(t: Inputs) -> list[Tensor]:
     return [*w, *v, t["kappa"], t["changed"]]
 
 
+def _running_at_once(t: Inputs) -> list[Tensor]:
+    """Large enough for one cooperative launch on CUDA (2 MB and more of whatever type)."""
+    x, state = t["x"].repeat(10, 1, 1, 1), [t[name].clone() for name in ("state_lo", "state_hi", "beta_t")]
+    return [ops.fake_quant_act_running(x, *state, 4), *state]
+
+
+def _inundation_of_long_rows(t: Inputs) -> list[Tensor]:
+    """Rows that no block holds in its shared memory, without decay, and more tensors than a small argument table has room for."""
+    long = [t[f"gi_{kind}2"].repeat(1, 3) for kind in "wgv"]
+    many = [[each[:1, :9].clone() for each in long] for _ in range(90)]
+    w, g, v = ([long[i], *(each[i] for each in many)] for i in range(3))
+    kappa = torch.zeros(len(w), device=w[0].device)
+    changed = torch.zeros(len(w), device=w[0].device, dtype=torch.int64)
+    options = {"lr": 1e-2, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0, "bits": 3, "threshold": 1e-2}
+    ops.gi_sgd_(w, g, v, kappa, changed, guaranteed=True, **options)
+    return [w[0], v[0], kappa, changed]
+
+
 EVERY_OP: dict[str, Callable[[Inputs], list[Tensor]]] = {
     "fake_quant_weight": lambda t: _with_grad(lambda w: ops.fake_quant_weight(w, 4), t["w1"], t["w1"]),
     "fake_quant_weights": lambda t: ops.fake_quant_weights([t[f"w{i}"] for i in range(4)], 3),
@@ -122,6 +140,8 @@ EVERY_OP: dict[str, Callable[[Inputs], list[Tensor]]] = {
     },
     "sign_perturb": lambda t: [ops.sign_perturb(t["x"], t["grad"], 0.01)],
     "gi_sgd_": _inundation,
+    "fake_quant_act_running, large": _running_at_once,
+    "gi_sgd_, long rows": _inundation_of_long_rows,
 }  # fmt: skip
 
 
