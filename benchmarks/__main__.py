@@ -161,7 +161,7 @@ def main() -> int:
     else:
         cases = gpu_cases(args.device) if args.large else (make(args.device) for make in CASES)
     results, failed = [], []
-    print(f"{'':88s} {'kernel ms':>9s} {'GB/s':>6s}" + "".join(f"{name:>11s}" for name in OTHERS))
+    print(f"{'':94s} {'kernel ms':>9s} {'GB/s':>6s} {'of copy':>7s}" + "".join(f"{name:>11s}" for name in OTHERS))
     for case in cases:
         if args.only and args.only not in case.name:
             continue
@@ -179,8 +179,10 @@ def main() -> int:
         ratios = "".join(f"{result['ratios'].get(name, float('nan')):10.1f}x" for name in OTHERS).replace(
             "nanx", "  - "
         )
+        share = result["share_of_copy_bandwidth"]
         print(
-            f"{case.name:88s} {result['seconds']['kernel'] * 1e3:9.3f} {result['gigabytes_per_second']:6.1f}{ratios}",
+            f"{case.name:94s} {result['seconds']['kernel'] * 1e3:9.3f} {result['gigabytes_per_second']:6.1f} "
+            f"{'-' if share is None else f'{100 * share:.0f} %':>7s}{ratios}",
             flush=True,
         )
         results.append(result)

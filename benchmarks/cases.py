@@ -91,6 +91,9 @@ def network_weights_case(device: str, network: str = "ResNet-20") -> Case:
     scales = [((w.flatten(1).amax(1) - w.flatten(1).amin(1)) / 15).clamp(min=1e-8) for w in weights]
     zeros = [torch.zeros_like(scale) for scale in scales]
 
+    def theirs() -> list[Tensor]:
+        return [reference.fake_quant_weight(w, 4) for w in weights]
+
     def aten() -> list[Tensor]:
         found = zip(weights, scales, zeros, strict=True)
         return [torch.fake_quantize_per_channel_affine(w, scale, zero, 0, -8, 7) for w, scale, zero in found]
@@ -101,12 +104,29 @@ def network_weights_case(device: str, network: str = "ResNet-20") -> Case:
         8 * sum(w.numel() for w in weights),
         {
             "kernel": lambda: zsq.ops.fake_quant_weights(weights, 4),
-            "reference": lambda: [reference.fake_quant_weight(w, 4) for w in weights],
+            "reference": theirs,
             "aten": aten,
+            "compile": compiled(theirs),
             "copy": lambda: torch._foreach_copy_(spares, weights),
         },
         {"reference": 30},
         {"reference": 100},
+    )
+
+
+def codes_case(device: str, shape: Shape = (512, 512, 3, 3)) -> Case:
+    w = torch.randn(shape, device=device)
+    spare = torch.empty_like(w)
+    return Case(
+        f"integer codes of a weight, {'x'.join(map(str, shape))}",
+        8 * w.numel(),
+        8 * w.numel(),
+        {
+            "kernel": lambda: zsq.ops.weight_codes(w, 4),
+            "reference": lambda: reference.weight_codes(w, 4),
+            "compile": compiled(reference.weight_codes, w, 4),
+            "copy": lambda: spare.copy_(w),
+        },
     )
 
 
@@ -150,6 +170,9 @@ def running_case(device: str, shape: Shape = BATCH_200, where: str = "") -> Case
     x, *_ = _activation(device, shape)
     spare = torch.empty_like(x)
     states = [[torch.tensor(v, device=device) for v in (0.0, 3.0, 0.5)] for _ in range(3)]
+    switch = torch.ones(1, dtype=torch.int64, device=device)
+    observed = [torch.tensor([v], device=device) for v in (0.0, 3.0, 0.2)]  # smallest, largest, scale
+    zero = torch.zeros(1, dtype=torch.int32, device=device)
     return Case(
         f"activation fake quantization, running range, {_what(x, where)}",
         12 * x.numel(),
@@ -157,6 +180,7 @@ def running_case(device: str, shape: Shape = BATCH_200, where: str = "") -> Case
         {
             "kernel": lambda: zsq.ops.fake_quant_act_running(x, *states[0], 4),
             "reference": lambda: reference.fake_quant_act_running(x, *states[1], 4, 0.9, False),
+            "aten": lambda: torch.fused_moving_avg_obs_fake_quant(x, switch, switch, *observed, zero, 0.1, 0, 15, 0),
             "compile": compiled(reference.fake_quant_act_running, x, *states[2], 4, 0.9, False),
             "copy": lambda: spare.copy_(x),
         },
@@ -186,6 +210,45 @@ def clip_case(device: str, shape: Shape = BATCH_200, where: str = "") -> Case:
     )
 
 
+def _statistics_loss(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    batch_var, batch_mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
+    return F.mse_loss(batch_mean, mean) + F.mse_loss(batch_var, var)
+
+
+def bn_sums_case(device: str, shape: Shape = BATCH_200, where: str = "") -> Case:
+    x, *_ = _activation(device, shape)
+    x.requires_grad_()
+    g, spare = torch.randn_like(x), torch.empty_like(x)
+    mean, var, weight, bias = (torch.rand(shape[1], device=device) + 0.5 for _ in range(4))
+    count = x.numel() // shape[1]
+
+    def ours() -> tuple[Tensor, Tensor]:
+        y, sums = zsq.ops.bn_eval_sums(x, mean, var, weight, bias)
+        return y, zsq.ops.bn_stats_loss(sums, var, count)
+
+    def theirs(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = (x - mean.view(-1, 1, 1)) * (weight / (var + 1e-5).sqrt()).view(-1, 1, 1) + bias.view(-1, 1, 1)
+        return y, reference.bn_stats_match(x, mean, var)[0]
+
+    def aten() -> tuple[Tensor, Tensor]:
+        return F.batch_norm(x, mean, var, weight, bias), _statistics_loss(x, mean, var)
+
+    fast = torch.compile(theirs, fullgraph=True, dynamic=False)
+    chains: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+        "kernel": ours,
+        "reference": lambda: theirs(x),
+        "aten": aten,
+        "compile": lambda: fast(x),
+    }
+    variants = {name: (lambda run=run: torch.autograd.grad(run(), [x], [g, None])) for name, run in chains.items()}
+    return Case(
+        f"BN-eval, its statistics and their loss, forward + backward, {_what(x, where)}",
+        20 * x.numel(),  # read x, write y; read the gradient and x, write the gradient
+        8 * x.numel(),
+        {**variants, "copy": lambda: spare.copy_(x.detach())},
+    )
+
+
 def bn_stats_case(device: str, channels_last: bool = False, shape: Shape = BATCH_200, where: str = "") -> Case:
     x, *_ = _activation(device, shape)
     if channels_last:
@@ -204,11 +267,42 @@ def bn_stats_case(device: str, channels_last: bool = False, shape: Shape = BATCH
         {
             "kernel": gradients(lambda: zsq.ops.bn_stats_match(x, mean, var), [x]),
             "reference": gradients(lambda: theirs(x), [x]),
+            "aten": gradients(lambda: _statistics_loss(x, mean, var), [x]),
             "compile": gradients(lambda: fast(x), [x]),
             "copy": lambda: spare.copy_(x.detach()),
         },
         {"reference": 12, "compile": 2.5},
         {"reference": 18, "compile": 4},
+    )
+
+
+def residual_case(device: str, shape: Shape = BATCH_200) -> Case:
+    """The end of a residual block: BN + addition + ReLU + fake quantization."""
+    x, lo, hi = _activation(device, shape)
+    x, residual, g = (torch.randn_like(x) for _ in range(3))
+    inputs = [x.requires_grad_(), residual.requires_grad_()]
+    spare, norm = torch.empty_like(x), nn.BatchNorm2d(shape[1]).eval().to(device).requires_grad_(False)
+
+    def chain(x: Tensor, residual: Tensor) -> Tensor:
+        y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        return _Straight.apply(F.relu(y + residual), lo, hi, 4)
+
+    def aten() -> Tensor:
+        y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        return torch.fake_quantize_per_tensor_affine(F.relu_(y.add_(residual)), 0.2, 0, 0, 15)
+
+    fast = torch.compile(chain, fullgraph=True, dynamic=False)
+    return Case(
+        f"BN + addition + ReLU + fake quantization, forward + backward, {_what(x)}",
+        int(24.25 * x.numel()),
+        8 * x.numel(),
+        {
+            "kernel": gradients(lambda: zsq.ops.bn_act_fake_quant(x, norm, lo, hi, 4, residual=residual), inputs, g),
+            "reference": gradients(lambda: chain(*inputs), inputs, g),
+            "aten": gradients(aten, inputs, g),
+            "compile": gradients(lambda: fast(*inputs), inputs, g),
+            "copy": lambda: spare.copy_(x.detach()),
+        },
     )
 
 
@@ -315,22 +409,53 @@ def distillation_case(device: str, shape: Shape = (200, 10), where: str = "") ->
     )
 
 
-def alignment_case(device: str, shape: Shape = (64, 64, 32, 32), where: str = "") -> Case:
-    student, teacher = (torch.randn(shape, device=device).requires_grad_(i == 0) for i in range(2))
+def hard_case(device: str, shape: Shape = (200, 1000)) -> Case:
+    logits, target = torch.randn(shape, device=device, requires_grad=True), torch.arange(shape[0], device=device)
+    target %= shape[1]
+
+    def theirs(logits: Tensor) -> Tensor:
+        log_p = F.log_softmax(logits, 1).gather(1, target[:, None])
+        return ((1 - log_p.exp()).square() * -log_p).mean()
+
+    fast = torch.compile(theirs, fullgraph=True, dynamic=False)
+    return Case(
+        f"hard-sample cross entropy, forward + backward, {'x'.join(map(str, shape))}",
+        8 * logits.numel(),
+        0,
+        {
+            "kernel": gradients(lambda: zsq.ops.distillation_loss(logits, None, target, gamma=2.0)[0], [logits]),
+            "reference": gradients(lambda: theirs(logits), [logits]),
+            "compile": gradients(lambda: fast(logits), [logits]),
+        },
+    )
+
+
+def alignment_case(
+    device: str, shape: Shape = (64, 64, 32, 32), where: str = "", kind: str = "channel", channels_last: bool = False
+) -> Case:
+    student, teacher = (torch.randn(shape, device=device) for _ in range(2))
+    if channels_last:
+        student, teacher = (t.to(memory_format=torch.channels_last) for t in (student, teacher))
+    student.requires_grad_()
+    spare = torch.empty_like(student)
 
     def theirs(student: Tensor) -> Tensor:
-        maps = (F.normalize(f.square().mean((2, 3)), dim=1) for f in (student, teacher))
+        if kind == "direct":
+            return F.mse_loss(student, teacher)
+        over = {"channel": (2, 3), "spatial": 1}[kind]
+        maps = (F.normalize(f.square().mean(over).flatten(1), dim=1) for f in (student, teacher))
         return F.mse_loss(*maps)
 
     fast = torch.compile(theirs, fullgraph=True, dynamic=False)
     return Case(
-        f"channel attention alignment, forward + backward, {_what(student, where)}",
-        16 * student.numel(),
-        0,
+        f"{kind} {'' if kind == 'direct' else 'attention '}alignment, forward + backward, {_what(student, where)}",
+        (20 if kind == "direct" else 16) * student.numel(),
+        8 * student.numel(),
         {
-            "kernel": gradients(lambda: zsq.ops.feature_alignment(student, teacher), [student]),
+            "kernel": gradients(lambda: zsq.ops.feature_alignment(student, teacher, kind), [student]),
             "reference": gradients(lambda: theirs(student), [student]),
             "compile": gradients(lambda: fast(student), [student]),
+            "copy": lambda: spare.copy_(student.detach()),
         },
     )
 
@@ -412,16 +537,22 @@ Make = Callable[[str], Case]
 CASES: list[Make] = [
     weight_case,
     network_weights_case,
+    codes_case,
     act_case,
     running_case,
     clip_case,
     bn_stats_case,
     partial(bn_stats_case, channels_last=True),
+    bn_sums_case,
     bn_act_case,
     partial(bn_act_case, channels_last=True),
+    residual_case,
     learned_case,
     distillation_case,
+    hard_case,
     alignment_case,
+    partial(alignment_case, kind="spatial"),
+    partial(alignment_case, kind="direct"),
     perturb_case,
     inundation_case,
     network_inundation_case,
@@ -465,7 +596,16 @@ def gpu_cases(device: str) -> Iterator[Case]:
         weight_case(device, (2048, 1024, 3, 3)),
         act_case(device, STAGE_1),
         act_case(device, STAGE_1, dtype=torch.bfloat16),
+        running_case(device, STAGE_1),
+        clip_case(device, STAGE_1),
+        learned_case(device, (2048, 1024, 3, 3)),
+        perturb_case(device, STAGE_1),
+        *(alignment_case(device, STAGE_1, kind=kind) for kind in ("channel", "spatial", "direct")),
+        alignment_case(device, STAGE_1, channels_last=True),
+        bn_sums_case(device, STAGE_1),
         bn_stats_case(device, shape=STAGE_1),
+        bn_stats_case(device, True, STAGE_1),
+        bn_act_case(device, True, STAGE_1, part="backward"),
         bn_act_case(device, shape=STAGE_1, part="forward"),
         bn_act_case(device, shape=STAGE_1, part="backward"),
         bn_act_case(device, shape=NARROW, part="forward"),

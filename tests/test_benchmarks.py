@@ -95,7 +95,7 @@ def test_cases_of_a_gpu_and_of_layers_run(monkeypatch):
         for run in case.variants.values():
             case.before()
             run()
-    assert len(large) == 11 and all(case.gates for case in large) and not any(case.gates for case in layers)
+    assert len(large) == 22 and all(case.gates for case in large) and not any(case.gates for case in layers)
     by_name = {case.name.rpartition(", ")[0]: case for case in large}
     assert by_name["BN + ReLU + fake quantization, forward"].gates == {"copy": 0.85, "aten": 2.8}
     backward = by_name["BN + ReLU + fake quantization, backward with affine gradients"]
