@@ -148,12 +148,13 @@ def test_time_is_counted_once(monkeypatch):
 
 
 def test_refused():
-    with pytest.raises(UsageError, match=r"schedule\.held_out must be at least 0"):
+    with pytest.raises(UsageError, match=r"schedule\.held_out must be from 0 to 10000000"):
         recipe("ait", "schedule.held_out=-1")
 
 
-@pytest.mark.parametrize("name", available_recipes())
+@pytest.mark.parametrize("name", [name for name in available_recipes() if name != "zeroq_calibrated"])
 def test_every_built_in_recipe_holds_images_out(name):
+    """All that draw from a generator."""
     for schedule in ("paper", "short"):
         found = [load_recipe(name, input_size=(3, s, s), schedule=schedule).schedule.held_out for s in (32, 224)]
         assert found == [512, 128]
