@@ -36,6 +36,7 @@ TITLES = {
     "hast": "HAST",
     "hast_ait": "HAST + AIT",
     "hast_squant": "HAST from SQuant's rounding",
+    "hast_averaged": "HAST from SQuant's rounding, averaged weights",
     "hast_lsq": "HAST with learned ranges (another quantizer)",
     "synq": "SynQ",
 }
@@ -414,7 +415,7 @@ PICTURES = {
 METHODS = {
     "rtn": ["rtn"], "gdfq": ["gdfq"], "qimera": ["qimera", "qimera_ait"], "autorecon": ["autorecon", "autorecon_ait"],
     "ait": ["kl_only", "ait", "ait_adam", "ait_rmsprop", "hast_ait"],
-    "zeroq": ["zeroq_calibrated", "zeroq", "zeroq_mixed"], "intraq": ["intraq"], "hast": ["hast"],
+    "zeroq": ["zeroq_calibrated", "zeroq", "zeroq_mixed"], "intraq": ["intraq"], "hast": ["hast", "hast_averaged"],
     "synq": ["synq"], "plf": ["plf"], "squant": ["hast_squant"], "lsq": ["hast_lsq"],
 }  # fmt: skip
 

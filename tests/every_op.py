@@ -123,6 +123,10 @@ EVERY_OP: dict[str, Callable[[Inputs], list[Tensor]]] = {
         ops.fake_quant_act_running(t["x"], t["state_lo"], t["state_hi"], t["beta_t"], 4),
         t["state_lo"], t["state_hi"], t["beta_t"],
     ],
+    "track_range_": lambda t: [
+        ops.fake_quant_act_running(t["x"], t["state_lo"], t["state_hi"], t["beta_t"], 4, ste="clip"),
+        t["state_lo"], t["state_hi"], t["beta_t"],
+    ],
     "fake_quant_learned": lambda t: _with_grad(
         lambda x, step: ops.fake_quant_learned(x, step, -8, 7, 0.01), t["grad"], t["x"], t["step"]
     ),

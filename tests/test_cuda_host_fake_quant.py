@@ -105,10 +105,12 @@ def test_running_of_16_bits(seeded: Kernels, n: int, dtype: torch.dtype, plain: 
         x = torch.randn(n).mul_(step + 1).to(dtype)
         x[n // 2] = float("nan") if step == 3 else 5.0
         out = torch.full_like(x, 7.0)
+        alone = [t.clone() for t in got]
+        seeded("track_range", shifted(x) if step % 2 else x, *alone, n, 0.9, plain, as_c(scratch))
         seeded("fake_quant_act_running", x, *got, out, n, c.c_int(4), 0.9, plain, as_c(scratch))
         assert same(out, reference.fake_quant_act_running(x, *expected, 4, 0.9, plain)), step
-        for a, b in zip(got, expected, strict=True):
-            assert same(a, b), step
+        for a, b, d in zip(got, expected, alone, strict=True):
+            assert same(a, b) and same(d, b), step
     assert got[0].isnan().all()
 
 
@@ -149,3 +151,29 @@ def test_empty_launches_nothing(kernels: Kernels) -> None:
     kernels("masked", x, mask, x, 0)
     assert quantize_list(kernels, [torch.empty(0, 9), torch.empty(0, 2000)], 4)[1].shape == (0, 2000)
     assert kernels.lib.zsq_launches() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_code_and_every_tie(seeded: Kernels, bits: int, dtype: torch.dtype) -> None:
+    """On the unit grid, half way between two codes is rounded to even, in and beyond the range."""
+    n = 2**bits - 1
+    inside = torch.arange(2 * n + 1, dtype=torch.float64) / 2
+    for row in (inside, -inside.flip(0), inside.repeat(3), inside.repeat(40)):  # one row length per weight kernel
+        w = torch.stack([row, row]).to(dtype)
+        out, codes = torch.full_like(w, 7.0), torch.full(w.shape, 7.0, dtype=wide(dtype))
+        scale, lo_code = torch.full((2, 2), 7.0, dtype=wide(dtype))
+        seeded("fake_quant_weight", w, out, *w.shape, c.c_int(bits))
+        seeded("weight_codes", w, codes, scale, lo_code, *w.shape, c.c_int(bits))
+        assert same(out, w.round()) and torch.equal(codes, w.round().to(codes.dtype))
+    x = (torch.arange(-2, 2 * n + 3, dtype=torch.float64) / 2).to(dtype).repeat(3)
+    ends = torch.tensor([[0.0], [n]], dtype=wide(dtype))
+    want, kept = x.round().clamp(0, n), (x.round() >= 0) & (x.round() <= n)
+    for source in (x, shifted(x)):
+        out, back, mask = (torch.full_like(source, 7.0) for _ in "abc")
+        mask = torch.full(((len(x) + 7) // 8,), 0xA5, dtype=torch.uint8)
+        seeded("fake_quant_act", source, ends[0], ends[1], out, len(x), c.c_int(bits))
+        assert same(out, want)
+        seeded("fake_quant_act_clip", source, ends[0], ends[1], out, mask, len(x), c.c_int(bits))
+        seeded("masked", torch.ones_like(x), mask, back, len(x))
+        assert same(out, want) and same(back, kept.to(dtype))

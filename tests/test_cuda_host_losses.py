@@ -92,7 +92,7 @@ def test_distillation_of_extreme_logits(seeded: Kernels) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("shape", ["1x1x1", "3x5x7", "2x36x64", "2x3x1500", "2x300x16", "3x70x1"])
+@pytest.mark.parametrize("shape", ["1x1x1", "3x5x7", "2x36x64", "2x3x1500", "2x9x328", "2x300x16", "3x70x1"])
 def test_alignment(kernels: Kernels, shape: str, last: bool, dtype: torch.dtype) -> None:
     n, channels, s = map(int, shape.split("x"))
     torch.manual_seed(n * s)

@@ -99,6 +99,11 @@ def _state(t: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     return [ops.fake_quant_act_running(x, lo, hi, t["beta_t"], 4) + 1, lo, hi, t["beta_t"]]
 
 
+def _track(t: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    x, state = t["x"] * 2, [t[name] + 0 for name in ("state_lo", "state_hi", "beta_t")]
+    return [ops.fake_quant_act_running(x, *state, 4, ste="clip") + 1, *state]
+
+
 def _inundate(t: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     w, g, v = ([t[f"gi_{kind}{i}"] for i in range(3)] for kind in "wgv")
     options = {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4, "bits": 4, "threshold": 1e-2}
@@ -109,6 +114,7 @@ def _inundate(t: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 COMPILED: dict[str, Callable[[dict[str, torch.Tensor]], list[torch.Tensor]]] = {
     "weight_codes": lambda t: [each * 2 for each in ops.weight_codes(t["w1"] * 2, 4)],
     "fake_quant_act_running": _state,
+    "track_range_": _track,
     "gi_sgd_": _inundate,
     "spatial": lambda t: [ops.feature_alignment(t["x"] * 2, t["other"], "spatial") * 3],
     "direct": lambda t: [ops.feature_alignment(t["x"] * 2, t["other"], "direct") * 3],

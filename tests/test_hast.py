@@ -29,7 +29,8 @@ HAST = dict(ce_weight=0.0, kd_weight=20.0, kd_reduction="batchmean", feature_wei
 TINY = ["schedule.epochs=4", "schedule.iterations=3", "schedule.batch_size=8", "schedule.warmup_epochs=2", "schedule.calibration_epochs=2",
         "schedule.milestones=[3]", "quant.ema=plain", "quant.weight_bits=3", "images.count=12", "images.batch_size=8",
         "images.iterations=3", "student.batch_size=6", "student.lr=1e-3"]  # fmt: skip
-RECIPES = ["intraq", "intraq_cifar100", "zeroq", "hast", "hast_cifar100", "hast_released", "hast_ait", "hast_squant"]
+RECIPES = ["intraq", "intraq_cifar100", "zeroq", "hast", "hast_cifar100", "hast_released", "hast_ait", "hast_squant",
+           "hast_averaged"]  # fmt: skip
 
 
 def recipe(name="hast", *more) -> Recipe:

@@ -207,13 +207,59 @@ def test_every_recipe_runs(name, device):
     ["quant.ema=reference", "student.kd_reduction=batchmean", "student.nesterov=false", "student.ce_weight=0.5",
      "generator.kind=conditional", "inundation.search_steps=0", "inundation.capped_epochs=0", "inundation.bisection=corrected",
      "quant.ema=faithful", "quant.ema=extrema", "student.kd_reduction=corrected", "student.optimizer=adam",
-     "student.optimizer=rmsprop", "student.weight_decay=0.01",
+     "student.optimizer=rmsprop", "student.weight_decay=0.01", "student.average=0.9",
      "generator.bns_weight=0", "generator.norm_eps=corrected"],
 )  # fmt: skip
 def test_every_switch_changes_the_result(switch):
     plain, switched = (train("ait", *s, "quant.weight_bits=3") for s in ((), (switch,)))
     a, b = (torch.cat([t.flatten() for t in r.student.state_dict().values()]) for r in (plain, switched))
     assert torch.isfinite(b).all() and not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "learned"])
+def test_averaged_parameters(ranges):
+    """What counts is the moving average of what the optimizer leaves, which the training does not see."""
+    switches = [] if ranges == "minmax" else ["quant.ranges=learned", "inundation.enabled=false"]
+    plain, averaged = (
+        Trainer(tiny(), recipe("ait", *switches, f"student.average={a}"), input_size=SIZE) for a in (0, 0.8)
+    )
+    means: list[torch.Tensor] = []
+    step = averaged._student_step
+
+    def record(batch):
+        step(batch)
+        n, now = record.count, [p.detach().clone() for p in averaged.student.parameters()]
+        decay = min(0.8, n / (n + 10))
+        means[:] = [decay * m + (1 - decay) * p for m, p in zip(means or now, now, strict=True)]
+        record.count += 1
+
+    record.count = 0
+    averaged._student_step = record  # type: ignore[method-assign]
+    assert averaged.outcome() is averaged.student  # no step yet
+    results = plain.run(), averaged.run()
+    assert record.count == averaged.recipe.student_steps and same_tensors(plain.student, averaged.student)
+    assert results[0].student is plain.student and results[1].student is not averaged.student
+    for mean, p in zip(means, results[1].student.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), mean, rtol=1e-5, atol=1e-7)
+    assert not same_tensors(results[0].student, results[1].student)
+    assert all(m.frozen for m in results[1].student.modules() if isinstance(m, zsq.QuantAct))
+
+
+def test_what_is_averaged_is_what_is_measured_and_chosen():
+    seen = []
+
+    def measure(network: torch.nn.Module) -> float:
+        seen.append([p.detach().clone() for p in network.parameters()])
+        return 50.0
+
+    switches = "student.average=0.9", "schedule.held_out=8"
+    trainer = Trainer(tiny(), recipe("ait", *switches), input_size=SIZE, evaluate=measure, eval_every=1)
+    result = trainer.run()
+    assert all(torch.equal(a, b.detach()) for a, b in zip(seen[-1], result.student.parameters(), strict=True))
+    assert result.chosen_state is not None and result.chosen_epoch is not None
+    at = result.chosen_epoch - trainer.recipe.schedule.epochs  # measured after every epoch, the last one at the end
+    names = [name for name, _ in result.student.named_parameters()]
+    assert all(torch.equal(result.chosen_state[name], p) for name, p in zip(names, seen[at], strict=True))
 
 
 def test_timeline():
@@ -368,8 +414,10 @@ def test_too_short_a_calibration_is_told():
         train("ait", "quant.ema=reference")
 
 
-def test_resume_from_python(tmp_path, monkeypatch):
-    options = dict(recipe="ait", input_size=SIZE, overrides=TINY, progress=False)
+@pytest.mark.parametrize("average", [0, 0.9])
+def test_resume_from_python(tmp_path, monkeypatch, average):
+    overrides = [*TINY, f"student.average={average}"]
+    options = dict(recipe="ait", input_size=SIZE, overrides=overrides, progress=False)
     whole = zsq.quantize(tiny(), run_dir=tmp_path / "whole", **options)
     save, saves = Trainer.save, []
 

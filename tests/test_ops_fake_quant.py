@@ -81,6 +81,36 @@ def test_running_of_16_bits(plain, size, dtype, device):
     assert states[0][0].isnan()
 
 
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("size", [1, 31, 70001])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_running_range_with_clip(plain, size, dtype, device):
+    """The same values and range as with the identity; the gradient passes where the new range does not clamp."""
+    states = [[torch.tensor(v, dtype=wide(dtype), device=device) for v in (0.0, 0.0, 1.0)] for _ in "ab"]
+    clamped = 0
+    for step in range(4):
+        x = torch.randn(size, device=device).mul_(step + 1).to(dtype).requires_grad_()
+        grad = torch.randn(size, device=device).to(dtype)
+        got = ops.fake_quant_act_running(x, *states[0], 4, 0.5, plain, ste="clip")
+        same(got, reference.fake_quant_act_running(x.detach(), *states[1], 4, 0.5, plain))
+        for a, b in zip(*states, strict=True):
+            same(a, b)
+        keep = reference.fake_quant.not_clamped(x.detach().to(wide(dtype)), *states[1][:2], 4)
+        same(torch.autograd.grad(got, x, grad)[0], torch.where(keep, grad, torch.zeros_like(grad)))
+        clamped += int((~keep).sum())
+    assert states[0][0]._version == 4 and (clamped > 0 or size == 1 or not plain)  # the published range overshoots
+
+
+def test_a_refused_call_leaves_the_running_range_alone(device):
+    state = [torch.tensor(v, device=device) for v in (0.0, 0.0, 1.0)]
+    for bits in (1, 9, 4.5, None):
+        with pytest.raises((ValueError, TypeError), match="fake_quant_act_running: bits must be"):
+            ops.fake_quant_act_running(torch.ones(3, device=device), *state, bits, ste="clip")
+    with pytest.raises(ValueError, match="fake_quant_act_running: ste must be 'identity' or 'clip', got 'round'"):
+        ops.fake_quant_act_running(torch.ones(3, device=device), *state, 4, ste="round")
+    assert [float(t) for t in state] == [0.0, 0.0, 1.0]
+
+
 # ---- values that make no sense -------------------------------------------------------------------------------------------
 
 
@@ -255,7 +285,7 @@ def test_opcheck(layout, dtype, device):
     for name, args in {
         "fake_quant_weight": (leaf, 4), "fake_quant_weights": ([leaf, leaf[:2]], 4), "weight_codes": (x.detach(), 4),
         "fake_quant_act": (leaf, lo, hi, 4), "fake_quant_act_clip": (leaf, lo, hi, 4), "masked": (leaf, mask),
-        "fake_quant_act_running": (leaf, lo, hi, beta, 4, 0.9, True),
+        "fake_quant_act_running": (leaf, lo, hi, beta, 4, 0.9, True), "track_range_": (leaf, lo, hi, beta, 0.9, True),
     }.items():  # fmt: skip
         torch.library.opcheck(getattr(zsq, name).default, args, **fast)
 

@@ -129,6 +129,27 @@ class _Adaptive(_Inundated):
     """Steps that gradient averages scale. Their length does not depend on that of the gradient, so it is the step that inundation
     amplifies; decay, added to the gradient, is part of it, and the averages see no amplification."""
 
+    def __init__(
+        self,
+        params: Iterable[Any],
+        own: dict[str, Any],
+        *,
+        bits: int = 4,
+        threshold: float = 1e-3,
+        search_steps: int = 5,
+        capped: bool = False,
+        guaranteed: bool = False,
+    ):
+        super().__init__(
+            params,
+            **own,
+            bits=bits,
+            threshold=threshold,
+            search_steps=search_steps,
+            capped=capped,
+            guaranteed=guaranteed,
+        )
+
     def _average(self, group: dict[str, Any], p: Tensor, gradient: Tensor, finite: Tensor) -> Tensor:
         """The step per unit of learning rate; a gradient that is not finite must leave the averages as they are."""
         raise NotImplementedError
@@ -154,7 +175,7 @@ def _follow(average: Tensor, value: Tensor, decay: float, when: Tensor) -> Tenso
 class GIAdam(_Adaptive):
     """Adam (torch.optim.Adam) with gradient inundation, which AIT reports for it too (ait_family.md 7.4; no code was released).
 
-    Args: those of `torch.optim.Adam` and of `GISGD`. `kappa` and `changed`: as there.
+    Args: those of `torch.optim.Adam` and, by name, those of inundation in `GISGD`. `kappa` and `changed`: as there.
     """
 
     def __init__(
@@ -164,16 +185,9 @@ class GIAdam(_Adaptive):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        bits: int = 4,
-        threshold: float = 1e-3,
-        search_steps: int = 5,
-        capped: bool = False,
-        guaranteed: bool = False,
+        **inundation: Any,
     ):
-        super().__init__(
-            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bits=bits, threshold=threshold,
-            search_steps=search_steps, capped=capped, guaranteed=guaranteed,
-        )  # fmt: skip
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, **inundation)
 
     def _average(self, group: dict[str, Any], p: Tensor, gradient: Tensor, finite: Tensor) -> Tensor:
         first, second = group["betas"]
@@ -190,7 +204,7 @@ class GIAdam(_Adaptive):
 class GIRMSprop(_Adaptive):
     """RMSprop (torch.optim.RMSprop, without momentum) with gradient inundation, which AIT reports for it too (ait_family.md 7.4).
 
-    Args: those of `torch.optim.RMSprop` and of `GISGD`. `kappa` and `changed`: as there.
+    Args: those of `torch.optim.RMSprop` and, by name, those of inundation in `GISGD`. `kappa` and `changed`: as there.
     """
 
     def __init__(
@@ -200,16 +214,9 @@ class GIRMSprop(_Adaptive):
         alpha: float = 0.99,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        bits: int = 4,
-        threshold: float = 1e-3,
-        search_steps: int = 5,
-        capped: bool = False,
-        guaranteed: bool = False,
+        **inundation: Any,
     ):
-        super().__init__(
-            params, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, bits=bits, threshold=threshold,
-            search_steps=search_steps, capped=capped, guaranteed=guaranteed,
-        )  # fmt: skip
+        super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}, **inundation)
 
     def _average(self, group: dict[str, Any], p: Tensor, gradient: Tensor, finite: Tensor) -> Tensor:
         (square,) = self._state(p, "square_avg")

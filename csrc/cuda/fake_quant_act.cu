@@ -226,30 +226,39 @@ cudaError_t masked(const T* grad, const uint8_t* mask, T* out, int64_t n, cudaSt
   return launch({ceil_div(n, 8 * kThreads * kEights<T>), kThreads, 0, stream}, kernel, grad, mask, out, n);
 }
 
-size_t fake_quant_act_running_workspace(size_t element_size) {
+size_t track_range_workspace(size_t element_size) {
   return 16 + 2 * kRangeBlocks * (element_size == 8 ? sizeof(double) : sizeof(float));
+}
+
+template <class T>
+cudaError_t track_range(const T* x, Wide<T>* lo, Wide<T>* hi, Wide<T>* beta_t, int64_t n, double decay, bool plain,
+                        void* workspace, cudaStream_t stream) {
+  if (n == 0) return cudaSuccess;
+  unsigned* ticket = static_cast<unsigned*>(workspace);
+  Wide<T>* part = reinterpret_cast<Wide<T>*>(static_cast<char*>(workspace) + 16);
+  const RunningRange<Wide<T>> state{lo, hi, beta_t, Wide<T>(decay), plain};
+  const cudaError_t cleared = cudaMemsetAsync(ticket, 0, sizeof *ticket, stream);
+  if (cleared != cudaSuccess) return cleared;
+  const int64_t wanted = ceil_div(n, kThreads * kInFlight * (aligned(x) ? kVec<T> : 1));
+  const auto kernel = aligned(x) ? running_range_kernel<T, kVec<T>> : running_range_kernel<T, 1>;
+  return launch({std::min<int64_t>(wanted, kRangeBlocks), kThreads, 0, stream}, kernel, x, n, state, part, ticket);
 }
 
 template <class T>
 cudaError_t fake_quant_act_running(const T* x, Wide<T>* lo, Wide<T>* hi, Wide<T>* beta_t, T* out, int64_t n, int bits,
                                    double decay, bool plain, void* workspace, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
-  unsigned* ticket = static_cast<unsigned*>(workspace);
-  Wide<T>* part = reinterpret_cast<Wide<T>*>(static_cast<char*>(workspace) + 16);
-  const bool vec = aligned(x) && aligned(out);
-  const int64_t width = vec ? kVec<T> : 1, wanted = ceil_div(n, kThreads * kInFlight * width);
-  const RunningRange<Wide<T>> state{lo, hi, beta_t, Wide<T>(decay), plain};
   if (n * int64_t(sizeof(T)) >= kOnePassBytes) {
+    Wide<T>* part = static_cast<Wide<T>*>(workspace);
+    const bool vec = aligned(x) && aligned(out);
+    const int64_t width = vec ? kVec<T> : 1, wanted = ceil_div(n, kThreads * kInFlight * width);
+    const RunningRange<Wide<T>> state{lo, hi, beta_t, Wide<T>(decay), plain};
     const auto kernel = vec ? running_quantize_kernel<T, kVec<T>> : running_quantize_kernel<T, 1>;
     const int64_t resident = std::min<int64_t>(resident_blocks(kernel, kThreads), kRangeBlocks);
     if (n / width <= resident * kThreads * kHeld)
       return launch({std::min(wanted, resident), kThreads, 0, stream, true}, kernel, x, out, n, state, part, bits);
   }
-  const cudaError_t cleared = cudaMemsetAsync(ticket, 0, sizeof *ticket, stream);
-  if (cleared != cudaSuccess) return cleared;
-  const auto kernel = vec ? running_range_kernel<T, kVec<T>> : running_range_kernel<T, 1>;
-  const cudaError_t ranged =
-      launch({std::min<int64_t>(wanted, kRangeBlocks), kThreads, 0, stream}, kernel, x, n, state, part, ticket);
+  const cudaError_t ranged = track_range<T>(x, lo, hi, beta_t, n, decay, plain, workspace, stream);
   return ranged != cudaSuccess ? ranged : fake_quant_act<T>(x, lo, hi, out, n, bits, stream);
 }
 
@@ -258,6 +267,8 @@ cudaError_t fake_quant_act_running(const T* x, Wide<T>* lo, Wide<T>* hi, Wide<T>
   template cudaError_t fake_quant_act_clip<T>(const T*, const Wide<T>*, const Wide<T>*, T*, uint8_t*, int64_t, int, \
                                               cudaStream_t);                                                        \
   template cudaError_t masked<T>(const T*, const uint8_t*, T*, int64_t, cudaStream_t);                              \
+  template cudaError_t track_range<T>(const T*, Wide<T>*, Wide<T>*, Wide<T>*, int64_t, double, bool, void*,         \
+                                      cudaStream_t);                                                                \
   template cudaError_t fake_quant_act_running<T>(const T*, Wide<T>*, Wide<T>*, Wide<T>*, T*, int64_t, int, double,  \
                                                  bool, void*, cudaStream_t);
 ZSQ_INSTANTIATE(float)

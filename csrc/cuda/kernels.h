@@ -41,8 +41,13 @@ cudaError_t fake_quant_act_clip(const T* x, const Wide<T>* lo, const Wide<T>* hi
 template <class T>
 cudaError_t masked(const T* grad, const uint8_t* mask, T* out, int64_t n, cudaStream_t stream);
 
-// Updates *lo, *hi and *beta_t from the range of x (`track` in quant_math.h), then quantizes x with the new range.
-size_t fake_quant_act_running_workspace(size_t element_size);
+// Updates *lo, *hi and *beta_t from the range of x (`track` in quant_math.h).
+size_t track_range_workspace(size_t element_size);
+template <class T>
+cudaError_t track_range(const T* x, Wide<T>* lo, Wide<T>* hi, Wide<T>* beta_t, int64_t n, double decay, bool plain,
+                        void* workspace, cudaStream_t stream);
+
+// And quantizes x with the new range. The workspace is that of track_range.
 template <class T>
 cudaError_t fake_quant_act_running(const T* x, Wide<T>* lo, Wide<T>* hi, Wide<T>* beta_t, T* out, int64_t n, int bits,
                                    double decay, bool plain, void* workspace, cudaStream_t stream);

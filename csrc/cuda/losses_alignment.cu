@@ -8,7 +8,6 @@
 namespace zsq::cuda {
 namespace {
 
-constexpr int kColumns = 32;             // side by side in a block that sums over the outer axis
 constexpr int64_t kDirectBlocks = 1024;  // fixed, so that the workspace does not depend on the device
 
 template <class T>
@@ -42,23 +41,38 @@ __global__ void __launch_bounds__(kThreads) inner_map_kernel(const MapArgs<T> a)
     (is_teacher ? a.teacher_map : a.student_map)[r] = Wide<T>(sum[0] / static_cast<double>(a.shape.inner));
 }
 
-template <class T>
+// A block sums kColumns<V> neighbouring columns over the outer axis: of every row a warp takes 128 bytes where it can.
+template <int V>
+constexpr int kAcross = V > 1 ? 8 : 32;  // threads side by side
+template <int V>
+constexpr int kColumns = kAcross<V> * V;
+
+template <class T, int V>
 __global__ void __launch_bounds__(kThreads) outer_map_kernel(const MapArgs<T> a) {
-  ZSQ_SHARED(double, part, [kThreads / kColumns][kColumns]);
-  const int64_t outer = a.shape.outer, inner = a.shape.inner, strips = (inner + kColumns - 1) / kColumns;
+  ZSQ_SHARED(double, part, [kWarps][kColumns<V>]);
+  const int64_t outer = a.shape.outer, inner = a.shape.inner, strips = (inner + kColumns<V> - 1) / kColumns<V>;
   const int64_t strip = blockIdx.x % strips, sample = blockIdx.x / strips;
   const bool is_teacher = sample >= a.shape.n;
   const int64_t n = is_teacher ? sample - a.shape.n : sample;
-  const int column = static_cast<int>(threadIdx.x) % kColumns, first = static_cast<int>(threadIdx.x) / kColumns;
-  const int64_t b = strip * kColumns + column;
-  const T* x = (is_teacher ? a.teacher : a.student) + n * outer * inner + b;
-  double sum = 0;
-  for (int64_t i = first; i < outer && b < inner; i += kThreads / kColumns) sum += square(widen(x[i * inner]));
-  part[first][column] = sum;
+  const int thread = static_cast<int>(threadIdx.x), column = thread % kAcross<V> * V;
+  const T* x = (is_teacher ? a.teacher : a.student) + n * outer * inner + strip * kColumns<V>;
+  double sum[V] = {};
+  if (strip * kColumns<V> + column < inner) {
+    for (int64_t i = thread / kAcross<V>; i < outer; i += kThreads / kAcross<V>) {
+      const Vec<T, V> p = *reinterpret_cast<const Vec<T, V>*>(x + i * inner + column);
+      ZSQ_UNROLL for (int u = 0; u < V; ++u) sum[u] += square(widen(p.v[u]));
+    }
+  }
+  ZSQ_UNROLL for (int u = 0; u < V; ++u) {
+    ZSQ_UNROLL for (int o = kAcross<V>; o < 32; o *= 2) sum[u] += __shfl_xor_sync(kFullWarp, sum[u], o);
+    if (thread % 32 < kAcross<V>) part[thread / 32][column + u] = sum[u];
+  }
   __syncthreads();
-  if (first > 0 || b >= inner) return;
-  for (int i = 1; i < kThreads / kColumns; ++i) sum += part[i][column];
-  (is_teacher ? a.teacher_map : a.student_map)[n * inner + b] = Wide<T>(sum / static_cast<double>(outer));
+  const int64_t b = strip * kColumns<V> + thread;
+  if (thread >= kColumns<V> || b >= inner) return;
+  double total = part[0][thread];
+  ZSQ_UNROLL for (int i = 1; i < kWarps; ++i) total += part[i][thread];
+  (is_teacher ? a.teacher_map : a.student_map)[n * inner + b] = Wide<T>(total / static_cast<double>(outer));
 }
 
 // The products of a sample's two maps, in every thread of the block.
@@ -171,8 +185,12 @@ size_t factor_bytes(const Plane& p, Alignment kind, size_t wide) {  // of one ma
 template <class T>
 cudaError_t maps(const MapArgs<T>& args, cudaStream_t stream) {
   const auto [n, outer, inner, over_inner, size, count] = args.shape;
-  if (!over_inner) return launch({2 * n * ceil_div(inner, kColumns), kThreads, 0, stream}, outer_map_kernel<T>, args);
   const bool vec = inner % kVec<T> == 0 && aligned(args.student) && aligned(args.teacher), warp = inner <= 1024;
+  if (!over_inner) {
+    const int64_t strips = ceil_div(inner, vec ? kColumns<kVec<T>> : kColumns<1>);
+    return launch({2 * n * strips, kThreads, 0, stream}, vec ? outer_map_kernel<T, kVec<T>> : outer_map_kernel<T, 1>,
+                  args);
+  }
   const auto kernel = vec ? (warp ? inner_map_kernel<T, kVec<T>, 32> : inner_map_kernel<T, kVec<T>, kThreads>)
                           : (warp ? inner_map_kernel<T, 1, 32> : inner_map_kernel<T, 1, kThreads>);
   return launch({warp ? ceil_div(2 * n * outer, kWarps) : 2 * n * outer, kThreads, 0, stream}, kernel, args);

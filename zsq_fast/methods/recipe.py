@@ -243,6 +243,8 @@ class Student:
         lr, weight_decay: of every optimizer; the decay is added to the gradient.
         optimizer: "sgd" with `momentum` and `nesterov`, "adam" with `betas`, or "rmsprop" with `square_decay`; the last two divide by
             a root plus `optimizer_eps`.
+        average: decay of the moving average of the student's parameters (Polyak averaging; n / (n + 10) at step n, while that
+            is less). The average is what is quantized, measured and kept; the steps do not see it. 0: the parameters themselves.
         ce_weight, kd_weight, kd_reduction: factors of CE and of `temperature^2 * KL`; "mean" divides by batch and classes (as AIT's
             family is released, "faithful" for short), "batchmean" by the batch ("corrected").
         feature_weight: lambda, of the feature alignment summed over the layers; 0 leaves it out.
@@ -272,6 +274,7 @@ class Student:
     betas: tuple[float, float] = (0.9, 0.999)
     square_decay: float = 0.99
     optimizer_eps: float = 1e-8
+    average: float = 0.0
     weight_decay: float = 1e-4
     ce_weight: float = 1.0
     kd_weight: float = 1.0
@@ -305,6 +308,7 @@ class Student:
         _require(_below_one(self.betas), "student.betas", "two numbers in [0, 1)", self.betas)
         _require(0 <= self.square_decay < 1, "student.square_decay", "in [0, 1)", self.square_decay)
         _require(self.optimizer_eps > 0, "student.optimizer_eps", "positive", self.optimizer_eps)
+        _require(0 <= self.average < 1, "student.average", "in [0, 1)", self.average)
         _same_as(self, "kd_reduction", faithful="mean", corrected="batchmean")
         _require(self.temperature > 0, "student.temperature", "positive", self.temperature)
         weights = (
@@ -468,6 +472,9 @@ class Recipe:
                  "0 when quant.calibrate_on is 'images': there is no generator to draw them from", self.schedule.held_out)  # fmt: skip
         _require(not self.inundation.enabled or self.quant.ranges == "minmax", "inundation.enabled",
                  "false when quant.ranges is 'learned': it counts codes of the min/max grid", self.inundation.enabled)  # fmt: skip
+        late = self.quant.ranges == "learned" and self.schedule.calibration_epochs > warmup
+        _require(not late or not self.student.average, "student.average",
+                 "0 when quant.ranges is 'learned' and begins after the student's first step", self.student.average)  # fmt: skip
         _require(self.images.enabled or not self.student.batch_size, "student.batch_size",
                  "0 when images.enabled is false: the student trains on the generator's batches", self.student.batch_size)  # fmt: skip
         _require(self.images.enabled or not self.student.low_pass, "student.low_pass",

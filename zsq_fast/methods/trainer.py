@@ -191,6 +191,8 @@ class Trainer:
             self.synthesis = Synthesis(teacher, recipe, input_size, seed, self.layout)
         self.image_dir = image_dir
         self.batches: ImageBatches | None = None  # there once the run has begun
+        parameters = self.student.parameters() if recipe.student.average else ()
+        self.averages = [p.detach().clone() for p in parameters]  # see `outcome`
         self.losses = StudentStep(self.student, self.synthesis.teacher, recipe.student, input_size)
         self.track_cosine, self.cosines = track_cosine, None
         if track_cosine and recipe.student.enabled:
@@ -240,9 +242,30 @@ class Trainer:
         if self.learned:
             with torch.no_grad():  # below 0 there is no grid, only NaN
                 torch._foreach_clamp_min_(self.learned, SMALLEST_STEP)
+        if self.averages:
+            self._average()
         self.meters.add(student_loss=loss, agreement=agreement)
         if self.inundated:
             self.meters.add_inundation(self.gi.changed, self.gi.kappa)
+
+    @property
+    def _student_steps(self) -> int:
+        schedule = self.recipe.schedule
+        return self.state.step - schedule.warmup_epochs * schedule.iterations
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        decay = min(self.recipe.student.average, self._student_steps / (self._student_steps + 10))
+        torch._foreach_lerp_(self.averages, [p.detach() for p in self.student.parameters()], 1 - decay)
+
+    @torch.no_grad()
+    def outcome(self) -> nn.Module:
+        """The student as it counts: itself, or a copy with the averages of its parameters (`student.average`)."""
+        if not self.averages or self._student_steps <= 0:
+            return self.student
+        network = copy.deepcopy(self.student)
+        torch._foreach_copy_(list(network.parameters()), self.averages)
+        return network
 
     @property
     def _wants_generator(self) -> bool:
@@ -334,7 +357,7 @@ class Trainer:
         return top1
 
     def _finish_epoch(self, epoch: int) -> None:
-        schedule, done = self.recipe.schedule, epoch + 1
+        schedule, done, student = self.recipe.schedule, epoch + 1, self.outcome()
         record: dict[str, Any] = {"epoch": epoch, "step": self.state.step, "lr_factor": schedule.factor(epoch)}
         record.update(self.meters.read(self.inundated))
         if self.cosines is not None and (cosines := self.cosines.meter.read()):
@@ -343,22 +366,23 @@ class Trainer:
         if schedule.held_out and self.recipe.student.enabled and done >= schedule.warmup_epochs:
             held_out = self._held_out()
             if done > schedule.warmup_epochs:
-                record.update(held_out.measure(self.student))
+                record.update(held_out.measure(student))
         self._check_finite(epoch, record)
         self.meters.reset()
         if done == schedule.calibration_epochs:
             znn.freeze_ranges(self.student)  # learned ranges begin here: "rtn" is measured on them
+            student = self.outcome()
         if self.updates is not None and done >= schedule.warmup_epochs:
             record.update(self.updates.next_epoch())
         if done == min(schedule.warmup_epochs, schedule.epochs):
-            record["top1"] = self._measure("rtn", self.student)
+            record["top1"] = self._measure("rtn", student)
         if done == schedule.epochs:
-            record["top1"] = self._measure("last", self.student)
+            record["top1"] = self._measure("last", student)
         elif self.eval_every and done > schedule.warmup_epochs and done % self.eval_every == 0:
-            record["top1"] = self._measure(f"epoch {done}", self.student)
+            record["top1"] = self._measure(f"epoch {done}", student)
         self.state.history.append(record)
         if chosen_record(self.state.history) is record:
-            self._chosen = {name: t.detach().to("cpu", copy=True) for name, t in self.student.state_dict().items()}
+            self._chosen = {name: t.detach().to("cpu", copy=True) for name, t in student.state_dict().items()}
         if done == schedule.epochs:
             self._measure_chosen()
         if self.run_dir:
@@ -409,7 +433,7 @@ class Trainer:
         chosen = chosen_record(state.history)
         znn.freeze_ranges(self.student)
         return Result(
-            self.student,
+            self.outcome(),
             self.synthesis,
             self.summary,
             state.history,
@@ -450,6 +474,8 @@ class Trainer:
             groups["held_out"] = self.synthesis.held_out.tensors()
         if self._chosen is not None:
             groups["chosen"] = self._chosen
+        if self.averages:
+            groups["averages"] = {str(i): t for i, t in enumerate(self.averages)}
         if self.cosines is not None:
             groups["cosines"] = self.cosines.meter.state_dict()
         if self.updates is not None:
@@ -476,6 +502,8 @@ class Trainer:
         if "held_out" in groups:
             self.synthesis.held_out = HeldOut(self.synthesis, self.recipe.schedule.held_out, groups["held_out"])
         self._chosen = groups.get("chosen")
+        for i, t in enumerate(self.averages):
+            t.copy_(groups["averages"][str(i)])
         if self.cosines is not None and "cosines" in groups:
             self.cosines.meter.load_state_dict(groups["cosines"])
         if self.updates is not None:

@@ -268,12 +268,10 @@ class QuantAct(_Ranged):
         self.set_ranges(ranges, (), self.lo)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantAct:
+        # The ranges of half-precision activations are held in float32, as the kernels want them.
         kept = {name: getattr(self, name) for name in ("lo", "hi", "beta_t")}
         super()._apply(fn, recurse)
-        for (
-            name,
-            exact,
-        ) in kept.items():  # ranges of half-precision activations are held in float32, as the kernels want them
+        for name, exact in kept.items():
             moved = getattr(self, name)
             if moved.dtype in (torch.float16, torch.bfloat16):
                 setattr(self, name, exact.to(moved.device, torch.float32))

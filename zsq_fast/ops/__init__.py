@@ -52,6 +52,7 @@ _fake_quant_weights = library.operation("fake_quant_weights")
 _feature_alignment = library.operation("feature_alignment")
 _gi_sgd_ = library.operation("gi_sgd_")
 _sign_perturb = library.operation("sign_perturb")
+_track_range_ = library.operation("track_range_")
 _weight_codes = library.operation("weight_codes")
 
 
@@ -122,6 +123,12 @@ def weight_codes(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     return _weight_codes(weight, bits)
 
 
+def _clips(op: str, ste: str) -> bool:
+    if ste not in ("identity", "clip"):
+        raise UsageError(f"{op}: ste must be 'identity' or 'clip', got {ste!r}")
+    return ste == "clip"
+
+
 def fake_quant_act(x: Tensor, lo: Tensor, hi: Tensor, bits: int, ste: str = "identity") -> Tensor:
     """Quantize-dequantize an activation of any shape over the given per-tensor range.
 
@@ -133,15 +140,20 @@ def fake_quant_act(x: Tensor, lo: Tensor, hi: Tensor, bits: int, ste: str = "ide
         ste: straight-through estimator: "identity" (the papers) passes every gradient, "clip" only those of elements inside the
             code range, for which it keeps 1 bit per element.
     """
-    if ste == "identity":
-        return _fake_quant_act(x, lo, hi, bits)
-    if ste != "clip":
-        raise UsageError(f"fake_quant_act: ste must be 'identity' or 'clip', got {ste!r}")
-    return _fake_quant_act_clip(x, lo, hi, bits)[0]
+    return (
+        _fake_quant_act_clip(x, lo, hi, bits)[0] if _clips("fake_quant_act", ste) else _fake_quant_act(x, lo, hi, bits)
+    )
 
 
 def fake_quant_act_running(
-    x: Tensor, lo: Tensor, hi: Tensor, beta_t: Tensor, bits: int, decay: float = 0.9, plain: bool = False
+    x: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    beta_t: Tensor,
+    bits: int,
+    decay: float = 0.9,
+    plain: bool = False,
+    ste: str = "identity",
 ) -> Tensor:
     """Update the running range with the minimum and maximum of x, in place, then quantize-dequantize x over it.
 
@@ -151,12 +163,18 @@ def fake_quant_act_running(
             is the decay's running product; outside [0, 1] it, the range and the result become NaN.
         plain: False follows the published code, which feeds the bias-corrected value back into the average (it overshoots
             up to 4,000-fold and settles after about 175 updates); True is an ordinary bias-corrected moving average.
+        ste: as in `fake_quant_act`; "clip" always reads x twice.
     """
     if lo is hi or lo is beta_t or hi is beta_t:
         raise UsageError("fake_quant_act_running: lo, hi and beta_t must be three tensors, got one twice")
     if lo.requires_grad or hi.requires_grad or beta_t.requires_grad:
         raise UsageError("fake_quant_act_running: lo, hi and beta_t are updated in place and must not require grad")
-    return _fake_quant_act_running(x, lo, hi, beta_t, bits, decay, plain)
+    if not _clips("fake_quant_act_running", ste):
+        return _fake_quant_act_running(x, lo, hi, beta_t, bits, decay, plain)
+    if not isinstance(bits, int) or not 2 <= bits <= 8:  # the state must not change before it is refused
+        raise UsageError(f"fake_quant_act_running: bits must be 2 to 8, got {bits}")
+    _track_range_(x, lo, hi, beta_t, decay, plain)
+    return _fake_quant_act_clip(x, lo, hi, bits)[0]
 
 
 def bn_stats_match(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
@@ -233,8 +251,7 @@ def bn_act_fake_quant(
         residual: like x, added before the activation.
         ste: as in `fake_quant_act`.
     """
-    if ste not in ("identity", "clip"):
-        raise UsageError(f"bn_act_fake_quant: ste must be 'identity' or 'clip', got {ste!r}")
+    clips = _clips("bn_act_fake_quant", ste)
     if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
         raise TypeError(f"bn_act_fake_quant: norm must be a batch norm, got {type(norm).__name__}")
     if norm.running_mean is None or norm.running_var is None:
@@ -253,7 +270,7 @@ def bn_act_fake_quant(
         lo,
         hi,
         bits,
-        ste == "clip",
+        clips,
     )[0]
     return out
 

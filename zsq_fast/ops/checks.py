@@ -99,7 +99,11 @@ def _check_main(op: str, main: str, x: Tensor) -> None:
     least = {"weights[0]": 1, "weight": 1, "var": 1, "student": 2}.get(main, 2 if op.startswith("bn_") else 0)
     exactly = main == "var" or op == "distillation_loss"
     _need(op, main, x.dim() == least if exactly else x.dim() >= least, f"have {least} dimensions", list(x.shape))
-    if main in ("student", "var") or op == "fake_quant_act_running" or op.startswith("bn_stats_match"):
+    if (
+        main in ("student", "var")
+        or op in ("track_range_", "fake_quant_act_running")
+        or op.startswith("bn_stats_match")
+    ):
         _need(op, main, x.numel() > 0, "not be empty", list(x.shape))
 
 

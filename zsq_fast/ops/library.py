@@ -98,6 +98,7 @@ def _fakes() -> dict[str, Callable[..., Any]]:
         "fake_quant_act": like,
         "fake_quant_act_clip": lambda x, *_: (torch.empty_like(x), mask(x)),
         "masked": like,
+        "track_range_": lambda *_: None,
         "fake_quant_act_running": like,
         "fake_quant_learned": like,
         "fake_quant_learned_backward": lambda grad, x, step, *_: (torch.empty_like(x), torch.empty_like(step)),

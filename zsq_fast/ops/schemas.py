@@ -16,6 +16,7 @@ SCHEMAS = (
     "fake_quant_act(Tensor x, Tensor lo, Tensor hi, int bits) -> Tensor",
     "fake_quant_act_clip(Tensor x, Tensor lo, Tensor hi, int bits) -> (Tensor out, Tensor mask)",
     "masked(Tensor grad, Tensor mask) -> Tensor",
+    "track_range_(Tensor x, Tensor(a!) lo, Tensor(b!) hi, Tensor(c!) beta_t, float decay, bool plain) -> ()",
     "fake_quant_act_running(Tensor x, Tensor(a!) lo, Tensor(b!) hi, Tensor(c!) beta_t, int bits, float decay, bool plain)"
     " -> Tensor",
     # learned_step

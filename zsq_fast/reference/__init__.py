@@ -21,6 +21,7 @@ from zsq_fast.reference.fake_quant import (
     fake_quant_weight,
     fake_quant_weights,
     masked,
+    track_range_,
     weight_codes,
 )
 from zsq_fast.reference.gi_sgd import gi_sgd_
@@ -54,5 +55,6 @@ __all__ = [
     "gi_sgd_",
     "masked",
     "sign_perturb",
+    "track_range_",
     "weight_codes",
 ]

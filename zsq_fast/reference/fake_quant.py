@@ -73,9 +73,7 @@ def masked(grad: Tensor, mask: Tensor) -> Tensor:
     return torch.where(unpack(mask, grad), grad, torch.zeros_like(grad))
 
 
-def fake_quant_act_running(
-    x: Tensor, lo: Tensor, hi: Tensor, beta_t: Tensor, bits: int, decay: float, plain: bool
-) -> Tensor:
+def track_range_(x: Tensor, lo: Tensor, hi: Tensor, beta_t: Tensor, decay: float, plain: bool) -> None:
     beta_t.copy_(torch.where((beta_t >= 0) & (beta_t <= 1), beta_t, torch.nan))  # no decay's product
     first, one_minus_before = beta_t == 1, 1 - beta_t
     beta = torch.full_like(beta_t, decay)  # the published code keeps it in a tensor: 1 - beta is rounded in that dtype
@@ -85,4 +83,10 @@ def fake_quant_act_running(
         if plain:
             kept = kept * one_minus_before
         state.copy_((beta * kept + (1 - beta) * wide(seen)) / (1 - beta_t))
+
+
+def fake_quant_act_running(
+    x: Tensor, lo: Tensor, hi: Tensor, beta_t: Tensor, bits: int, decay: float, plain: bool
+) -> Tensor:
+    track_range_(x, lo, hi, beta_t, decay, plain)
     return fake_quant_act(x, lo, hi, bits)

@@ -29,15 +29,23 @@ inline void check_act(const char* op, const Tensor& x, const Tensor& lo, const T
   check_scalar(op, "hi", hi, "x", x);
 }
 
-inline void check_act_running(const char* op, const Tensor& x, const Tensor& lo, const Tensor& hi, const Tensor& beta_t,
-                              int64_t bits, double decay) {
-  check_act(op, x, lo, hi, bits);
+inline void check_track_range(const char* op, const Tensor& x, const Tensor& lo, const Tensor& hi, const Tensor& beta_t,
+                              double decay) {
+  check_float(op, "x", x);
+  check_scalar(op, "lo", lo, "x", x);
+  check_scalar(op, "hi", hi, "x", x);
   check_scalar(op, "beta_t", beta_t, "x", x);
   const void *first = lo.const_data_ptr(), *second = hi.const_data_ptr(), *third = beta_t.const_data_ptr();
   TORCH_CHECK_VALUE(first != second && second != third && first != third, op,
                     ": lo, hi and beta_t must be different tensors, got one twice");
   TORCH_CHECK_VALUE(decay > 0 && decay < 1, op, ": decay must lie between 0 and 1, got ", decay);
   TORCH_CHECK_VALUE(x.numel() > 0, op, ": x must not be empty, an empty tensor has no range; got shape ", x.sizes());
+}
+
+inline void check_act_running(const char* op, const Tensor& x, const Tensor& lo, const Tensor& hi, const Tensor& beta_t,
+                              int64_t bits, double decay) {
+  check_bits(op, bits);
+  check_track_range(op, x, lo, hi, beta_t, decay);
 }
 
 inline void check_masked(const char* op, const Tensor& grad, const Tensor& mask) {
