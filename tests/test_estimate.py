@@ -136,3 +136,9 @@ def test_only_what_the_process_computes_counts(monkeypatch):
     monkeypatch.setattr(Synthesis, "step", waits)
     found = estimate(residual(), recipe("rtn"), input_size=SIZE, now=time.process_time)
     assert {stage.name: stage.each for stage in found.stages}["generator steps"] < 0.4
+
+
+def test_averaged_parameters_cost_no_error():
+    """The estimate takes student steps where a run would not be in its schedule yet."""
+    quick = load_recipe("ait", input_size=SIZE, overrides=[*TINY, "schedule.iterations=5", "student.average=0.9"])
+    assert estimate(tiny(), quick, input_size=SIZE).seconds > 0

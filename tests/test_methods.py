@@ -221,7 +221,7 @@ def test_averaged_parameters(ranges):
     """What counts is the moving average of what the optimizer leaves, which the training does not see."""
     switches = [] if ranges == "minmax" else ["quant.ranges=learned", "inundation.enabled=false"]
     plain, averaged = (
-        Trainer(tiny(), recipe("ait", *switches, f"student.average={a}"), input_size=SIZE) for a in (0, 0.8)
+        Trainer(tiny(), recipe("ait", *switches, f"student.average={a}"), input_size=SIZE) for a in (0, 0.2)
     )
     means: list[torch.Tensor] = []
     step = averaged._student_step
@@ -229,7 +229,7 @@ def test_averaged_parameters(ranges):
     def record(batch):
         step(batch)
         n, now = record.count, [p.detach().clone() for p in averaged.student.parameters()]
-        decay = min(0.8, n / (n + 10))
+        decay = min(0.2, n / (n + 10))  # from the third step on the former
         means[:] = [decay * m + (1 - decay) * p for m, p in zip(means or now, now, strict=True)]
         record.count += 1
 
@@ -243,6 +243,12 @@ def test_averaged_parameters(ranges):
         torch.testing.assert_close(p.detach(), mean, rtol=1e-5, atol=1e-7)
     assert not same_tensors(results[0].student, results[1].student)
     assert all(m.frozen for m in results[1].student.modules() if isinstance(m, zsq.QuantAct))
+
+
+def test_a_run_without_student_steps_has_nothing_to_average():
+    switches = "quant.ranges=learned", "student.average=0.9"
+    trainer = Trainer(tiny(), recipe("rtn", *switches), input_size=SIZE)
+    assert trainer.run().student is trainer.student
 
 
 def test_what_is_averaged_is_what_is_measured_and_chosen():

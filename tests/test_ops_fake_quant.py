@@ -103,9 +103,15 @@ def test_running_range_with_clip(plain, size, dtype, device):
 
 def test_a_refused_call_leaves_the_running_range_alone(device):
     state = [torch.tensor(v, device=device) for v in (0.0, 0.0, 1.0)]
-    for bits in (1, 9, 4.5, None):
-        with pytest.raises((ValueError, TypeError), match="fake_quant_act_running: bits must be"):
-            ops.fake_quant_act_running(torch.ones(3, device=device), *state, bits, ste="clip")
+    x = torch.ones(3, device=device)
+    for wrong, error, words in (
+        ((x, *state, 1), ValueError, "bits must be 2 to 8"), ((x, *state, 4.5), TypeError, "bits must be of type int, got float"),
+        ((x, *state, None), TypeError, "bits must be of type int"), ((x, *state, 4, 1.5), ValueError, "decay must lie"),
+        ((x[:0], *state, 4), ValueError, "x must not be empty"), ((x.double(), *state, 4), TypeError, "lo must be"),
+    ):  # fmt: skip
+        for ste in ("identity", "clip"):
+            with pytest.raises(error, match=f"fake_quant_act_running: {words}"):
+                ops.fake_quant_act_running(*wrong, ste=ste)
     with pytest.raises(ValueError, match="fake_quant_act_running: ste must be 'identity' or 'clip', got 'round'"):
         ops.fake_quant_act_running(torch.ones(3, device=device), *state, 4, ste="round")
     assert [float(t) for t in state] == [0.0, 0.0, 1.0]

@@ -129,26 +129,11 @@ class _Adaptive(_Inundated):
     """Steps that gradient averages scale. Their length does not depend on that of the gradient, so it is the step that inundation
     amplifies; decay, added to the gradient, is part of it, and the averages see no amplification."""
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        own: dict[str, Any],
-        *,
-        bits: int = 4,
-        threshold: float = 1e-3,
-        search_steps: int = 5,
-        capped: bool = False,
-        guaranteed: bool = False,
-    ):
-        super().__init__(
-            params,
-            **own,
-            bits=bits,
-            threshold=threshold,
-            search_steps=search_steps,
-            capped=capped,
-            guaranteed=guaranteed,
-        )
+    def __init__(self, params: Iterable[Any], own: dict[str, Any], inundation: dict[str, Any]):
+        defaults = {"bits": 4, "threshold": 1e-3, "search_steps": 5, "capped": False, "guaranteed": False}
+        if unknown := inundation.keys() - defaults.keys():
+            raise TypeError(f"{type(self).__name__} has no option '{min(unknown)}'")
+        super().__init__(params, **own, **(defaults | inundation))
 
     def _average(self, group: dict[str, Any], p: Tensor, gradient: Tensor, finite: Tensor) -> Tensor:
         """The step per unit of learning rate; a gradient that is not finite must leave the averages as they are."""
@@ -175,7 +160,8 @@ def _follow(average: Tensor, value: Tensor, decay: float, when: Tensor) -> Tenso
 class GIAdam(_Adaptive):
     """Adam (torch.optim.Adam) with gradient inundation, which AIT reports for it too (ait_family.md 7.4; no code was released).
 
-    Args: those of `torch.optim.Adam` and, by name, those of inundation in `GISGD`. `kappa` and `changed`: as there.
+    Args: `params`, `lr`, `betas`, `eps`, `weight_decay` as in `torch.optim.Adam`; by name `bits`, `threshold`, `search_steps`,
+    `capped`, `guaranteed` as in `GISGD`. `kappa` and `changed`: as there.
     """
 
     def __init__(
@@ -187,7 +173,7 @@ class GIAdam(_Adaptive):
         weight_decay: float = 0.0,
         **inundation: Any,
     ):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, **inundation)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, inundation)
 
     def _average(self, group: dict[str, Any], p: Tensor, gradient: Tensor, finite: Tensor) -> Tensor:
         first, second = group["betas"]
@@ -204,7 +190,8 @@ class GIAdam(_Adaptive):
 class GIRMSprop(_Adaptive):
     """RMSprop (torch.optim.RMSprop, without momentum) with gradient inundation, which AIT reports for it too (ait_family.md 7.4).
 
-    Args: those of `torch.optim.RMSprop` and, by name, those of inundation in `GISGD`. `kappa` and `changed`: as there.
+    Args: `params`, `lr`, `alpha`, `eps`, `weight_decay` as in `torch.optim.RMSprop`; by name `bits`, `threshold`, `search_steps`,
+    `capped`, `guaranteed` as in `GISGD`. `kappa` and `changed`: as there.
     """
 
     def __init__(
@@ -216,7 +203,7 @@ class GIRMSprop(_Adaptive):
         weight_decay: float = 0.0,
         **inundation: Any,
     ):
-        super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}, **inundation)
+        super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}, inundation)
 
     def _average(self, group: dict[str, Any], p: Tensor, gradient: Tensor, finite: Tensor) -> Tensor:
         (square,) = self._state(p, "square_avg")

@@ -101,7 +101,7 @@ class TensorBoard:
         done = record["epoch"] + 1
         due = first or done == schedule.epochs or done % -(-schedule.epochs // PICTURES) == 0
         if due:
-            self._add_histograms(trainer.student, record["step"])
+            self._add_histograms(trainer.outcome(), record["step"])
         if due and (trainer.batches is None or first):  # optimised images stay what they are
             self._add_images(trainer, record["step"])
         self._writer.flush()

@@ -243,8 +243,9 @@ class Student:
         lr, weight_decay: of every optimizer; the decay is added to the gradient.
         optimizer: "sgd" with `momentum` and `nesterov`, "adam" with `betas`, or "rmsprop" with `square_decay`; the last two divide by
             a root plus `optimizer_eps`.
-        average: decay of the moving average of the student's parameters (Polyak averaging; n / (n + 10) at step n, while that
-            is less). The average is what is quantized, measured and kept; the steps do not see it. 0: the parameters themselves.
+        average: decay of the moving average of the student's parameters (Polyak averaging), or n / (n + 10) after n steps where that
+            is less: a memory of n / 11 steps. The average is what is quantized, measured and kept; the steps do not see it. 0: the
+            parameters themselves.
         ce_weight, kd_weight, kd_reduction: factors of CE and of `temperature^2 * KL`; "mean" divides by batch and classes (as AIT's
             family is released, "faithful" for short), "batchmean" by the batch ("corrected").
         feature_weight: lambda, of the feature alignment summed over the layers; 0 leaves it out.

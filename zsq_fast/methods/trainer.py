@@ -191,7 +191,8 @@ class Trainer:
             self.synthesis = Synthesis(teacher, recipe, input_size, seed, self.layout)
         self.image_dir = image_dir
         self.batches: ImageBatches | None = None  # there once the run has begun
-        parameters = self.student.parameters() if recipe.student.average else ()
+        averaging = recipe.student.enabled and recipe.student.average
+        parameters = self.student.parameters() if averaging else ()
         self.averages = [p.detach().clone() for p in parameters]  # see `outcome`
         self.losses = StudentStep(self.student, self.synthesis.teacher, recipe.student, input_size)
         self.track_cosine, self.cosines = track_cosine, None
@@ -251,7 +252,7 @@ class Trainer:
     @property
     def _student_steps(self) -> int:
         schedule = self.recipe.schedule
-        return self.state.step - schedule.warmup_epochs * schedule.iterations
+        return max(0, self.state.step - schedule.warmup_epochs * schedule.iterations)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -261,7 +262,7 @@ class Trainer:
     @torch.no_grad()
     def outcome(self) -> nn.Module:
         """The student as it counts: itself, or a copy with the averages of its parameters (`student.average`)."""
-        if not self.averages or self._student_steps <= 0:
+        if not self.averages or not self._student_steps:
             return self.student
         network = copy.deepcopy(self.student)
         torch._foreach_copy_(list(network.parameters()), self.averages)

@@ -171,8 +171,7 @@ def fake_quant_act_running(
         raise UsageError("fake_quant_act_running: lo, hi and beta_t are updated in place and must not require grad")
     if not _clips("fake_quant_act_running", ste):
         return _fake_quant_act_running(x, lo, hi, beta_t, bits, decay, plain)
-    if not isinstance(bits, int) or not 2 <= bits <= 8:  # the state must not change before it is refused
-        raise UsageError(f"fake_quant_act_running: bits must be 2 to 8, got {bits}")
+    library.refuse("fake_quant_act_running", x, lo, hi, beta_t, bits, decay, plain)  # before the state changes
     _track_range_(x, lo, hi, beta_t, decay, plain)
     return _fake_quant_act_clip(x, lo, hi, bits)[0]
 

@@ -33,11 +33,9 @@ def _missing(device: str, name: str, status: dict[str, Any]) -> Callable[..., An
 
 def _checked(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """`fake` behind the kernels' checks: the dispatcher takes it, too, where one tensor among real ones lies on `meta`."""
-    schema = getattr(torch.ops.zsq, name).default._schema
 
     def run(*args: Any) -> Any:
-        check_types(name, schema, args)
-        check(name, {a.name: value for a, value in zip(schema.arguments, args, strict=True)})
+        refuse(name, *args)
         return fake(*args)
 
     return run
@@ -130,6 +128,14 @@ def _register() -> None:
 
 
 _register()
+
+
+def refuse(name: str, *args: Any) -> None:
+    """Raises what the operation would, without running it. Tracing refuses before anything runs anyway."""
+    if not torch.compiler.is_compiling():
+        schema = getattr(torch.ops.zsq, name).default._schema
+        check_types(name, schema, args)
+        check(name, {a.name: value for a, value in zip(schema.arguments, args, strict=True)})
 
 
 def operation(name: str) -> Callable[..., Any]:
