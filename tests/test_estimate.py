@@ -140,5 +140,5 @@ def test_only_what_the_process_computes_counts(monkeypatch):
 
 def test_averaged_parameters_cost_no_error():
     """The estimate takes student steps where a run would not be in its schedule yet."""
-    quick = load_recipe("ait", input_size=SIZE, overrides=[*TINY, "schedule.iterations=5", "student.average=0.9"])
-    assert estimate(tiny(), quick, input_size=SIZE).seconds > 0
+    quick = recipe("ait", "schedule.warmup_epochs=2", "schedule.iterations=5", "student.average=0.9")
+    assert estimate(residual(), quick, input_size=SIZE).seconds > 0
