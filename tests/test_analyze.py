@@ -266,9 +266,12 @@ def test_the_chosen_student(capsys, run, monkeypatch):
 
 
 def test_the_forecast_as_a_gate(capsys, run, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(forecast, "calibration", lambda _: Calibration([]))  # too few
+        code, _, err = analyze(capsys, run, "forecast", "--no-pictures", "--fail-above", 3)
+        assert code == 2 and "not calibrated" in assert_one_sentence(err)
     code, _, err = analyze(capsys, run, "forecast", "--no-pictures", "--fail-above", 3)
-    if code == 2:  # while the committed records are too few
-        assert "not calibrated" in assert_one_sentence(err)
+    assert code == 2 and "beyond the calibration" in assert_one_sentence(err)  # of the committed records
     calibrated(monkeypatch, run)
     code, out, err = analyze(capsys, run, "forecast", "--json", "--no-pictures")
     assert code == 0, err
