@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from zsq_fast import _build
@@ -171,7 +172,8 @@ def fake_quant_act_running(
         raise UsageError("fake_quant_act_running: lo, hi and beta_t are updated in place and must not require grad")
     if not _clips("fake_quant_act_running", ste):
         return _fake_quant_act_running(x, lo, hi, beta_t, bits, decay, plain)
-    library.refuse("fake_quant_act_running", x, lo, hi, beta_t, bits, decay, plain)  # before the state changes
+    if not torch.compiler.is_compiling():  # tracing refuses before anything runs
+        library.refuse("fake_quant_act_running", x, lo, hi, beta_t, bits, decay, plain)  # before the state changes
     _track_range_(x, lo, hi, beta_t, decay, plain)
     return _fake_quant_act_clip(x, lo, hi, bits)[0]
 

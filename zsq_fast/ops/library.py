@@ -131,11 +131,10 @@ _register()
 
 
 def refuse(name: str, *args: Any) -> None:
-    """Raises what the operation would, without running it. Tracing refuses before anything runs anyway."""
-    if not torch.compiler.is_compiling():
-        schema = getattr(torch.ops.zsq, name).default._schema
-        check_types(name, schema, args)
-        check(name, {a.name: value for a, value in zip(schema.arguments, args, strict=True)})
+    """Raises what the operation would, without running it."""
+    schema = getattr(torch.ops.zsq, name).default._schema
+    check_types(name, schema, args)
+    check(name, {a.name: value for a, value in zip(schema.arguments, args, strict=True)})
 
 
 def operation(name: str) -> Callable[..., Any]:
